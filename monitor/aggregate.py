@@ -1,0 +1,154 @@
+"""Token scores -> one running value per probe, turn by turn. Incremental, and keyed by position.
+
+Kinds: `last`, `mean`, `max`, `ema` (the maximum of a bias-corrected moving average), `window_mean_max` (the maximum
+of sliding means). Sources: PROBES 9.6 for ema (a = 2 / (M + 1) has the centre of mass of a window of M).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["last", "mean", "max", "ema", "window_mean_max"]
+KINDS: tuple[Kind, ...] = ("last", "mean", "max", "ema", "window_mean_max")
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How a probe's token scores become one value; written in its card.
+
+    alpha: weight of the newest score in `ema`; window: tokens in `window_mean_max`
+    """
+
+    kind: Kind
+    alpha: float = 2 / 17
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"aggregation {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha {self.alpha} must be above 0 and at most 1")
+        if self.window < 1:
+            raise ValueError(f"window {self.window} must be at least 1")
+
+
+class Fold(Protocol):
+    def __call__(self, score: float) -> float:
+        """Take one more finite score, return the value so far."""
+        ...
+
+
+class _Last:
+    def __call__(self, score: float) -> float:
+        return score
+
+
+class _Mean:
+    __slots__ = ("n", "total")
+
+    def __init__(self) -> None:
+        self.n, self.total = 0, 0.0
+
+    def __call__(self, score: float) -> float:
+        self.n += 1
+        self.total += score
+        return self.total / self.n
+
+
+class _Max:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = -math.inf
+
+    def __call__(self, score: float) -> float:
+        self.value = max(self.value, score)
+        return self.value
+
+
+class _EmaMax:
+    __slots__ = ("alpha", "average", "remaining", "value")
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha, self.average, self.remaining, self.value = alpha, 0.0, 1.0, -math.inf
+
+    def __call__(self, score: float) -> float:
+        self.average += self.alpha * (score - self.average)
+        self.remaining *= 1 - self.alpha  # weight still on the zero the average started from
+        self.value = max(self.value, self.average / (1 - self.remaining))
+        return self.value
+
+
+class _WindowMeanMax:
+    __slots__ = ("scores", "total", "value")
+
+    def __init__(self, window: int) -> None:
+        self.scores: deque[float] = deque(maxlen=window)
+        self.total, self.value = 0.0, -math.inf
+
+    def __call__(self, score: float) -> float:
+        scores = self.scores
+        full = len(scores) == scores.maxlen
+        self.total += score - (scores[0] if full else 0.0)
+        scores.append(score)
+        mean = self.total / len(scores)
+        # Fewer tokens than the window: one mean of them all. A maximum over growing prefixes would be the
+        # maximum of single tokens at the start.
+        self.value = max(self.value, mean) if full else mean
+        return self.value
+
+
+def fold(how: Aggregation) -> Fold:
+    """A fresh running value, for one turn of one probe."""
+    if how.kind == "last":
+        return _Last()
+    if how.kind == "mean":
+        return _Mean()
+    if how.kind == "max":
+        return _Max()
+    if how.kind == "ema":
+        return _EmaMax(how.alpha)
+    return _WindowMeanMax(how.window)
+
+
+class Running:
+    """One probe over one turn: scores by position in, value out. A replayed position changes nothing.
+
+    start: the first position of the turn; positions must then arrive in order, without gaps (`Watch` sees to it)
+    peak: the highest value so far: the statistic a request is calibrated on
+    """
+
+    __slots__ = ("_fold", "next_position", "peak", "peak_position", "peak_score", "value")
+
+    def __init__(self, how: Aggregation, start: int) -> None:
+        self._fold = fold(how)
+        self.next_position = start
+        self.value: float | None = None
+        self.peak: float | None = None
+        self.peak_score = -math.inf
+        self.peak_position = start
+
+    def add(self, position: int, score: float) -> float | None:
+        """The value with `score`, a finite logit, taken in."""
+        if position < self.next_position:  # vLLM recomputes after a preemption: the same scores come again
+            return self.value
+        self.next_position = position + 1
+        value = self._fold(score)
+        self.value = value
+        if self.peak is None or value > self.peak:
+            self.peak = value
+        if score > self.peak_score:
+            self.peak_score, self.peak_position = score, position
+        return value
+
+
+def aggregate(how: Aggregation, scores: list[float]) -> float:
+    """The value of a whole turn. scores: at least one finite logit, in order."""
+    step = fold(how)
+    value = math.nan
+    for score in scores:
+        value = step(score)
+    return value

@@ -1,0 +1,84 @@
+"""Calibration: benign statistics -> a threshold certified at a stated false-positive rate.
+
+The threshold is an order statistic (PROBES 9.10): with n benign requests, the largest j with
+P(Binomial(n, alpha) <= j) <= delta; the threshold is the (j + 1)-th highest benign value and a request is flagged
+strictly above it, so at most j of the n were. With confidence 1 - delta the true rate is at most alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DELTA = 0.05
+
+
+def binomial_cdf(j: int, n: int, p: float) -> float:
+    """P(Binomial(n, p) <= j), 0 < p < 1."""
+    log_p, log_q = math.log(p), math.log1p(-p)
+    terms = (
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q
+        for i in range(j + 1)
+    )
+    return min(1.0, math.fsum(math.exp(t) for t in terms))
+
+
+def allowed_exceedances(n: int, alpha: float, delta: float = DELTA) -> int | None:
+    """The largest j with P(Bin(n, alpha) <= j) <= delta; None if even j = 0 is too many (n is too small)."""
+    j = -1
+    while j + 1 < n and binomial_cdf(j + 1, n, alpha) <= delta:
+        j += 1
+    return None if j < 0 else j
+
+
+def rows_needed(alpha: float, delta: float = DELTA) -> int:
+    """The smallest n that can certify alpha: 299 for 1 %, 598 for 0.5 %, 2,995 for 0.1 % (at 95 %)."""
+    return math.ceil(math.log(delta) / math.log1p(-alpha))
+
+
+class Calibration(BaseModel):
+    """The highest benign values of one phase, on the statistic that is served, per request.
+
+    n: benign requests scored; tail: their highest values, descending; enough for any alpha up to `max_alpha`
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int = Field(ge=1)
+    tail: tuple[float, ...] = Field(min_length=1)
+    source: str
+    """What the benign requests were, in words."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Calibration:
+        if any(not math.isfinite(v) for v in self.tail):
+            raise ValueError("tail holds a value that is not finite")
+        if list(self.tail) != sorted(self.tail, reverse=True):
+            raise ValueError("tail is not in descending order")
+        if len(self.tail) > self.n:
+            raise ValueError("tail is longer than n")
+        return self
+
+    @classmethod
+    def fit(cls, benign: Sequence[float], source: str, max_alpha: float = 0.1) -> Calibration:
+        """benign: one finite value per benign request."""
+        keep = max(1, math.ceil(max_alpha * len(benign)) + 1)
+        return cls(n=len(benign), tail=tuple(sorted(benign, reverse=True)[:keep]), source=source)
+
+    def threshold(self, alpha: float, delta: float = DELTA) -> float:
+        """Flag strictly above it: with confidence 1 - delta, at most `alpha` of requests like these are flagged.
+
+        raises: ValueError, saying how many more benign rows are needed, or that alpha is beyond the tail
+        """
+        j = allowed_exceedances(self.n, alpha, delta)
+        if j is None:
+            needed = rows_needed(alpha, delta)
+            raise ValueError(
+                f"{self.n} benign requests can't certify a false-positive rate of {alpha:.3%}: "
+                f"{needed - self.n} more are needed ({needed} in all)"
+            )
+        if j >= len(self.tail):
+            raise ValueError(f"the card keeps {len(self.tail)} values, too few for a rate of {alpha:.3%}")
+        return self.tail[j]

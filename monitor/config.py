@@ -1,0 +1,126 @@
+"""Settings: one frozen model. Sources, the first wins: arguments, MIDSTREAM_* environment, a YAML file, defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from monitor.types import ConfigInvalid, Mode, Phase
+
+PREFIX = "MIDSTREAM_"
+DEMO_MODEL = "smollm2-135m-instruct"
+
+
+def state_dir() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local/state")) / "midstream"
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "midstream"
+
+
+class Settings(BaseSettings):
+    """Every bound and every choice of a server, with its unit in its name."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+
+    # Where
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_key: str | None = Field(None, min_length=8)
+    """Bearer token of the data routes; None: open, meant for loopback."""
+
+    # What
+    model: str = DEMO_MODEL
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    store: Path = Field(default_factory=lambda: state_dir() / "probes")
+    cache: Path = Field(default_factory=cache_dir)
+
+    # Verdicts
+    modes: dict[str, dict[Phase, Mode]] = Field(default_factory=dict)
+    """Probe -> phase -> mode. Default: block for a shipped probe where it is calibrated, else shadow."""
+    target_fpr: float = Field(0.01, gt=0, lt=0.5)
+    """Share of benign requests that may be blocked: split evenly over blocking probes and their phases."""
+    fail_mode: Literal["closed", "open"] = "closed"
+    """What a missing score does to a probe that blocks. Probes that only flag never end an answer."""
+    on_history: Mode = Mode.FLAG
+    score_last: bool = False
+    """One more forward pass per answer, so that the last token is scored before it is released."""
+
+    # Bounds
+    max_sequences: int = Field(16, ge=1)
+    max_step_tokens: int = Field(512, ge=16)
+    kv_tokens: int = Field(65_536, ge=256)
+    """Tokens that all active sequences may reserve together (prompt + max_tokens each)."""
+    max_queue: int = Field(64, ge=0)
+    max_n: int = Field(8, ge=1)
+    max_prompts: int = Field(16, ge=1)
+    default_max_tokens: int = Field(1024, ge=1)
+    max_model_len: int | None = Field(None, ge=16)
+    shutdown_timeout_s: float = Field(30.0, ge=0)
+    threads: int | None = Field(None, ge=1)
+
+    # Records
+    records: Path = Field(default_factory=lambda: state_dir() / "records.sqlite3")
+    max_records: int = Field(100_000, ge=1)
+    record_queue: int = Field(10_000, ge=1)
+    webhook_url: str | None = Field(None, pattern=r"^https?://")
+    webhook_text: bool = False
+    """Send the flagged text along. Off: digests and scores only."""
+    webhook_queue: int = Field(1_000, ge=1)
+    webhook_attempts: int = Field(4, ge=1)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+
+def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
+    """Settings from all sources; an argument that is None was not given.
+
+    raises: ConfigInvalid, naming the key, its value and what is wanted
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {PREFIX + "CONFIG"}
+    unknown = sorted(k for k in os.environ if k.startswith(PREFIX) and k not in known)
+    if unknown:
+        raise ConfigInvalid(f"environment variable {unknown[0]} is not a setting; unset it or correct its name")
+    path = file or (Path(os.environ[PREFIX + "CONFIG"]) if PREFIX + "CONFIG" in os.environ else None)
+    from_file = _read_yaml(path) if path is not None else {}
+    from_environment = {k[len(PREFIX) :].lower() for k in os.environ if k.startswith(PREFIX)}
+    given = {k: v for k, v in from_file.items() if k not in from_environment}
+    given |= {k: v for k, v in arguments.items() if v is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigInvalid(f"setting {key!r} has value {first['input']!r}: {first['msg']}") from error
+    except ValueError as error:  # pydantic-settings: a variable that is not the JSON it should be
+        raise ConfigInvalid(str(error).splitlines()[0]) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigInvalid(f"settings file {str(path)!r} can't be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigInvalid(f"settings file {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigInvalid(f"settings file {str(path)!r} must hold keys and values, like `port: 8000`")
+    return data

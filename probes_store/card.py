@@ -1,0 +1,92 @@
+"""The card: JSON beside a probe's weights that binds them to a model, a template and a calibration."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+Phase = Literal["prompt", "response"]
+Format = Literal["chat", "raw"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelId(_Part):
+    """fingerprint: hub revision, hash of the source file, or hash of the local files: `monitor.models` tells which"""
+
+    name: str = Field(min_length=1)
+    fingerprint: str = Field(min_length=8)
+    dtype: str
+    quantization: str
+    n_layers: int = Field(ge=1)
+
+
+class AggregationSpec(_Part):
+    kind: Literal["last", "mean", "max", "ema", "window_mean_max"]
+    alpha: float = Field(default=2 / 17, gt=0, le=1)
+    window: int = Field(default=16, ge=1)
+
+
+class CalibrationSpec(_Part):
+    """Benign requests on the served statistic: how many, and their highest values, descending."""
+
+    n: int = Field(ge=1)
+    tail: tuple[float, ...] = Field(min_length=1)
+    source: str
+
+
+class DataFile(_Part):
+    file: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: int = Field(ge=0)
+    positive: int = Field(ge=0)
+
+
+class Canary(_Part):
+    """A conversation of one user turn, and the logits this probe must give at its counted positions."""
+
+    text: str
+    scores: tuple[float, ...] = Field(min_length=1)
+
+
+class Threshold(_Part):
+    """For reading: what a threshold did on benign rows that neither fitted nor calibrated it."""
+
+    format: Format
+    phase: Phase
+    target_fpr: float
+    threshold: float
+    observed_fpr: float | None = None
+    fpr_low: float | None = None
+    fpr_high: float | None = None
+    test_rows: int = 0
+
+
+class Card(_Part):
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: str = Field(pattern=r"^v[0-9]{1,6}$")
+    description: str = ""
+    created: str
+    code_version: str
+    license: str = "Apache-2.0"
+    model: ModelId
+    layers: tuple[int, ...] = Field(min_length=1)
+    d_model: int = Field(ge=1)
+    template_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+    position_rule: str
+    aggregation: dict[Phase, AggregationSpec]
+    calibration: dict[Format, dict[Phase, CalibrationSpec]] = Field(default_factory=dict)
+    thresholds: tuple[Threshold, ...] = ()
+    data: tuple[DataFile, ...] = ()
+    fit: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    canaries: tuple[Canary, ...] = Field(min_length=1)
+    canary_tolerance: float = Field(default=0.02, gt=0)
+    """Largest difference of a canary's logit; wide enough for another CPU's float32, not for another model."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of probe.safetensors."""

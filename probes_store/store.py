@@ -1,0 +1,185 @@
+"""The store: read, verify and publish probes. `<model>/<probe>/<version>/{probe.safetensors, card.json}`.
+
+A version never changes once published. The shipped store lies read-only in the wheel; MIDSTREAM_STORE, a folder of
+the operator's with the same layout, lies over it, and its live.json (model/probe -> version) is the one mutable file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from monitor.types import ConfigInvalid, ProbeInvalid
+from probes_store.card import Card
+
+SHIPPED = Path(__file__).parent
+MAX_FILE_BYTES = 256 * 2**20
+_SAFE = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}$")
+_VERSION = re.compile(r"^v[0-9]{1,6}$")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProbe:
+    """A verified probe. weight: per layer (d_model,) float32, finite; shipped: it lies in the wheel's store"""
+
+    card: Card
+    weight: Mapping[int, Tensor]
+    bias: float
+    shipped: bool
+    path: Path
+
+
+def model_slug(name: str) -> str:
+    """The folder of a model: the last part of its name, lower case."""
+    slug = re.sub(r"[^a-z0-9._-]+", "-", Path(name.rstrip("/")).name.lower()).strip("-.")
+    return slug or "model"
+
+
+class Store:
+    """overlay: the operator's folder, or None. raises: ConfigInvalid if it is not a directory"""
+
+    def __init__(self, overlay: Path | None = None, shipped: Path = SHIPPED) -> None:
+        if overlay is not None and overlay.exists() and not overlay.is_dir():
+            raise ConfigInvalid(f"store {str(overlay)!r} is not a directory; name a folder or unset MIDSTREAM_STORE")
+        self.overlay = overlay
+        self.shipped = shipped
+
+    def versions(self, model: str, probe: str) -> dict[str, Path]:
+        """Every version of a probe -> its folder; the overlay's stands where both have one."""
+        found: dict[str, Path] = {}
+        for root in (self.shipped, self.overlay):
+            folder = root / model / probe if root is not None else None
+            if folder is not None and folder.is_dir():
+                found |= {p.name: p for p in folder.iterdir() if p.is_dir() and _VERSION.match(p.name)}
+        return dict(sorted(found.items(), key=lambda item: int(item[0][1:])))
+
+    def probes(self, model: str) -> list[str]:
+        names: set[str] = set()
+        for root in (self.shipped, self.overlay):
+            folder = root / model if root is not None else None
+            if folder is not None and folder.is_dir():
+                names |= {p.name for p in folder.iterdir() if p.is_dir() and self.versions(model, p.name)}
+        return sorted(names)
+
+    def live(self, model: str) -> dict[str, str]:
+        """Probe -> the version to serve: what live.json says, else the newest."""
+        chosen = self._read_live()
+        result = {}
+        for probe in self.probes(model):
+            versions = self.versions(model, probe)
+            version = chosen.get(f"{model}/{probe}", next(reversed(versions)))
+            if version not in versions:
+                raise ConfigInvalid(
+                    f"live.json names {model}/{probe} {version!r}, which is not in the store; "
+                    f"choose one of {', '.join(versions)}"
+                )
+            result[probe] = version
+        return result
+
+    def _read_live(self) -> dict[str, str]:
+        path = self.overlay / "live.json" if self.overlay is not None else None
+        if path is None or not path.exists():
+            return {}
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigInvalid(f"{path} can't be read ({error}); write it again or remove it") from error
+        if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
+            raise ConfigInvalid(f'{path} must be a JSON object like {{"model/probe": "v1"}}')
+        return data
+
+    def load(self, model: str, probe: str, version: str) -> StoredProbe:
+        """Read and verify one version.
+
+        raises: ConfigInvalid if there is no such version, ProbeInvalid if it is damaged
+        """
+        folder = self.versions(model, probe).get(version) if _SAFE.match(model) and _SAFE.match(probe) else None
+        if folder is None:
+            raise ConfigInvalid(f"there is no probe {model}/{probe} {version} in the store; see `midstream probes`")
+        stored = read_folder(folder, shipped=folder.is_relative_to(self.shipped))
+        if (stored.card.name, stored.card.version) != (probe, version):
+            raise ProbeInvalid(
+                f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again"
+            )
+        return stored
+
+    def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float) -> Path:
+        """Write a probe under the next free version of the overlay, whole or not at all; returns its folder.
+
+        card.version and card.sha256 are set here. raises: ConfigInvalid without an overlay
+        """
+        if self.overlay is None:
+            raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
+        model = model_slug(card.model.name)
+        taken = self.versions(model, card.name)
+        version = f"v{1 + max((int(v[1:]) for v in taken), default=0)}"
+        tensors = {f"weight.{layer}": vector.float().reshape(1, -1) for layer, vector in weight.items()}
+        data = save_tensors(tensors | {"bias": torch.tensor([bias])}, {"schema": "midstream-probe/1"})
+        card = card.model_copy(update={"version": version, "sha256": hashlib.sha256(data).hexdigest()})
+        folder = self.overlay / model / card.name / version
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        try:
+            (scratch / "probe.safetensors").write_bytes(data)
+            (scratch / "card.json").write_text(card.model_dump_json(indent=1) + "\n")
+            scratch.chmod(0o755)
+            read_folder(scratch, shipped=False)
+            os.rename(scratch, folder)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        return folder
+
+
+def read_folder(folder: Path, shipped: bool) -> StoredProbe:
+    """raises: ProbeInvalid, naming the file, what is wrong and what to do"""
+    card_bytes, data = _read(folder / "card.json"), _read(folder / "probe.safetensors")
+    try:
+        card = Card.model_validate_json(card_bytes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ProbeInvalid(f"{folder / 'card.json'}: {where}: {first['msg']}; publish the probe again") from error
+    # The hash comes first: nothing is parsed that the card does not vouch for.
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != card.sha256:
+        raise ProbeInvalid(
+            f"{folder / 'probe.safetensors'} has sha256 {digest[:12]}…, its card says {card.sha256[:12]}…; "
+            "the file was changed or damaged: restore it or publish the probe again"
+        )
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ProbeInvalid(f"{folder / 'probe.safetensors'} is not a safetensors file: {error}") from error
+    wanted = {f"weight.{layer}": (1, card.d_model) for layer in card.layers} | {"bias": (1,)}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    if shapes != wanted:
+        raise ProbeInvalid(f"{folder / 'probe.safetensors'} holds {shapes}, its card wants {wanted}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise ProbeInvalid(f"{folder / 'probe.safetensors'}: {name} is not finite float32; train it again")
+    weight = {layer: tensors[f"weight.{layer}"][0] for layer in card.layers}
+    return StoredProbe(card, weight, float(tensors["bias"][0]), shipped, folder)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
+            raise ProbeInvalid(f"{path} is a link or larger than {MAX_FILE_BYTES >> 20} MiB; publish the probe again")
+        return path.read_bytes()
+    except OSError as error:
+        raise ProbeInvalid(f"{path} can't be read ({error.strerror}); publish the probe again") from error
