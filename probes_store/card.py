@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from monitor.aggregate import Aggregation
+from probes_store.calibration import Calibration
+
 SCHEMA_VERSION = 1
 Phase = Literal["prompt", "response"]
 Format = Literal["chat", "raw"]
@@ -16,27 +19,13 @@ class _Part(BaseModel):
 
 
 class ModelId(_Part):
-    """fingerprint: hub revision, hash of the source file, or hash of the local files: `monitor.models` tells which"""
+    """fingerprint: hub revision, hash of the source file, or hash of the local files: `engines.embedded.model` tells which"""
 
     name: str = Field(min_length=1)
     fingerprint: str = Field(min_length=8)
     dtype: str
     quantization: str
     n_layers: int = Field(ge=1)
-
-
-class AggregationSpec(_Part):
-    kind: Literal["last", "mean", "max", "ema", "window_mean_max"]
-    alpha: float = Field(default=2 / 17, gt=0, le=1)
-    window: int = Field(default=16, ge=1)
-
-
-class CalibrationSpec(_Part):
-    """Benign requests on the served statistic: how many, and their highest values, descending."""
-
-    n: int = Field(ge=1)
-    tail: tuple[float, ...] = Field(min_length=1)
-    source: str
 
 
 class DataFile(_Part):
@@ -79,8 +68,8 @@ class Card(_Part):
     d_model: int = Field(ge=1)
     template_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     position_rule: str
-    aggregation: dict[Phase, AggregationSpec]
-    calibration: dict[Format, dict[Phase, CalibrationSpec]] = Field(default_factory=dict)
+    aggregation: dict[Phase, Aggregation]
+    calibration: dict[Format, dict[Phase, Calibration]] = Field(default_factory=dict)
     thresholds: tuple[Threshold, ...] = ()
     data: tuple[DataFile, ...] = ()
     fit: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The embedded engine: transformers in this process, every active sequence in one forward pass per step."""

@@ -1,0 +1,89 @@
+"""One choice being generated: its tokens, its cache, its Watch, and what of it the client may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monitor.engines.embedded.attention import KVCache
+from monitor.engines.embedded.sampling import Sampler
+from monitor.engines.embedded.text import AnswerText
+from monitor.sequence import Watch
+from monitor.types import Deliver, Delta, FinishReason, GenerationRequest, Prompt, Record, Scores, TokenLogprob
+
+
+class Generation:
+    """cache.length counts the tokens fed so far; `tokens[cache.length:]` are still to be fed."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        index: int,
+        prompt: Prompt,
+        watch: Watch,
+        sampler: Sampler,
+        text: AnswerText,
+        deliver: Deliver,
+    ) -> None:
+        self.request, self.index, self.prompt = request, index, prompt
+        self.watch, self.sampler, self.text = watch, sampler, text
+        self.tokens: list[int] = list(prompt.token_ids)
+        self.cache = KVCache(self.reserved)
+        self.last: FinishReason | None = None  # ended, but its last token is still to be scored (`score_last`)
+        self._deliver = deliver
+        self._logprobs: list[TokenLogprob | None] = []
+        self._sent = 0
+        self._announced = False
+
+    @property
+    def reserved(self) -> int:
+        return len(self.prompt.token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.tokens) - self.cache.length
+
+    @property
+    def ended(self) -> bool:
+        return self.watch.finish is not None
+
+    def sample(self, logits: object, eos_ids: frozenset[int]) -> FinishReason | None:
+        """Take the next token from the logits of the newest position; the reason to end with it, if any."""
+        token, logprob = self.sampler(logits)  # type: ignore[arg-type]
+        self.tokens.append(token)
+        self._logprobs.append(logprob)
+        stopped = self.text.add(token)
+        if stopped or token in eos_ids:
+            return "stop"
+        return "length" if len(self._logprobs) >= self.request.sampling.max_tokens else None
+
+    def judge(self, first: int, rows: Scores, n_new: int, finish: FinishReason | None, model: str) -> Record | None:
+        """Hand a step to the Watch and what it releases to the client; the Record once the sequence has ended."""
+        judged = self.watch.advance(first, rows, n_new, finish)
+        if not self.watch.prompt_judged and judged.finish is None:
+            return None
+        text = self.text.release(judged.released, final=judged.finish is not None)
+        tokens = self._logprobs[self._sent : judged.released]
+        n_tokens, self._sent = judged.released - self._sent, judged.released
+        record = None
+        if judged.finish is not None:
+            record = self.watch.record(self.request.id, self.index, model, self.request.route)
+            self.cache = KVCache(0)  # its memory goes now, not when the client lets go of the request
+        if record is not None or text or n_tokens or not self._announced:
+            self._announced = True
+            logprobs = tuple(t for t in tokens if t is not None)
+            self._deliver(Delta(self.index, text, logprobs, n_tokens, judged.finish, record))
+        return record
+
+
+class Group:
+    """The choices of one prompt. The first is prefilled; the others take a copy of its cache and its scores."""
+
+    def __init__(self, choices: Sequence[Generation]) -> None:
+        self.choices = choices
+        self.leader = choices[0]
+        self.request_id = self.leader.request.id
+        self.prompt_rows: list[Scores] = []
+
+    @property
+    def reserved(self) -> int:
+        return sum(c.reserved for c in self.choices)

@@ -1,0 +1,160 @@
+"""The probes in service: verified against the model, stacked into a bank, each with its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monitor.config import Settings
+from monitor.policy import Rule
+from monitor.probe import ProbeBank, ProbeWeights
+from monitor.template import POSITION_RULE, ChatTemplate
+from monitor.types import ConfigInvalid, Format, Mode, Phase, ProbeMismatch, Prompt, Scores
+from probes_store.store import Store, StoredProbe, model_slug
+
+FORMATS: tuple[Format, ...] = ("chat", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a card is compared with."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    d_model: int
+    n_layers: int
+    template: ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class LiveProbes:
+    probes: tuple[StoredProbe, ...]
+    bank: ProbeBank
+    rules: Mapping[Format, tuple[Rule, ...]]
+
+    def check_canaries(self, template: ChatTemplate, score: Callable[[Prompt], Scores]) -> float:
+        """Score every card's canaries; returns the largest difference, in logits.
+
+        raises: ProbeMismatch if one is further off than its card allows, or not finite
+        """
+        largest = 0.0
+        for column, probe in enumerate(self.probes):
+            card = probe.card
+            for canary in card.canaries:
+                prompt = template.encode([{"role": "user", "content": canary.text}])
+                got = score(prompt)[counted(prompt), column]
+                expected = np.array(canary.scores, dtype=np.float32)
+                off = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
+                if not off <= card.canary_tolerance:  # also when it is NaN
+                    raise ProbeMismatch(
+                        f"probe {card.name} {card.version}: canary {canary.text[:32]!r} is off by {off:.3g} logits, "
+                        f"{card.canary_tolerance:g} is allowed; serve the model it was trained on, in "
+                        f"{card.model.dtype}, or train again"
+                    )
+                largest = max(largest, off)
+        return largest
+
+
+def counted(prompt: Prompt) -> list[int]:
+    return [p for turn in prompt.turns for p in range(turn.start, turn.end)]
+
+
+def load_live(model: ServedModel, store: Store, settings: Settings, device: str = "cpu") -> LiveProbes:
+    """The live version of every probe that the store has for this model.
+
+    raises: ConfigInvalid if there is none or a mode can't be had, ProbeInvalid, ProbeMismatch
+    """
+    slug = model_slug(model.name)
+    live = store.live(slug)
+    if not live:
+        raise ConfigInvalid(
+            f"there is no probe for model {slug!r}; train one: midstream train --model {settings.model} "
+            "(add --data FILES for your own rows)"
+        )
+    unknown = sorted(set(settings.modes) - set(live))
+    if unknown:
+        raise ConfigInvalid(f"modes name probe {unknown[0]!r}; this model has {', '.join(sorted(live))}")
+    probes = tuple(store.load(slug, name, version) for name, version in live.items())
+    for probe in probes:
+        _verify(probe, model)
+    return assemble(probes, model.d_model, settings, device)
+
+
+def assemble(
+    probes: Sequence[StoredProbe], d_model: int, settings: Settings, device: str = "cpu"
+) -> LiveProbes:
+    """Stack verified probes and resolve their rules."""
+    weights = [ProbeWeights(p.card.name, p.weight, p.bias) for p in probes]
+    bank = ProbeBank(weights, d_model, device)
+    return LiveProbes(tuple(probes), bank, {form: _rules(probes, form, settings) for form in FORMATS})
+
+
+def _verify(probe: StoredProbe, model: ServedModel) -> None:
+    card = probe.card
+    checks = (
+        ("model", card.model.fingerprint, model.fingerprint),
+        ("width of the residual stream", card.d_model, model.d_model),
+        ("number of layers", card.model.n_layers, model.n_layers),
+        ("chat template", card.template_hash[:16], model.template.hash[:16]),
+        ("position rule", card.position_rule, POSITION_RULE),
+    )
+    for what, wanted, have in checks:
+        if wanted != have:
+            raise ProbeMismatch(
+                f"probe {card.name} {card.version} was trained with {what} {wanted!r}, this model has {have!r}; "
+                "serve the model it was trained on, or train again: midstream train"
+            )
+    wrong = [layer for layer in card.layers if not 0 <= layer < model.n_layers]
+    if wrong:
+        raise ProbeMismatch(
+            f"probe {card.name} {card.version} reads layer {wrong[0]}, the model has layers 0 to "
+            f"{model.n_layers - 1}; publish a probe for one of these"
+        )
+
+
+def _wanted(probe: StoredProbe, phase: Phase, settings: Settings) -> Mode:
+    """A shipped probe blocks; one that somebody has just trained starts in shadow."""
+    asked = settings.modes.get(probe.card.name, {})
+    return asked.get(phase, Mode.BLOCK if probe.shipped else Mode.SHADOW)
+
+
+def _rules(probes: Sequence[StoredProbe], form: Format, settings: Settings) -> tuple[Rule, ...]:
+    wanted = {(p.card.name, phase): _wanted(p, phase, settings) for p in probes for phase in Phase}
+    blocking = sum(mode is Mode.BLOCK for mode in wanted.values())
+    alpha = settings.target_fpr / max(1, blocking)
+    rules = []
+    for column, probe in enumerate(probes):
+        card = probe.card
+        for phase in Phase:
+            mode, threshold = wanted[card.name, phase], None
+            calibration = card.calibration.get(form, {}).get(phase.value)
+            asked = phase in settings.modes.get(card.name, {})
+            try:
+                if calibration is None:
+                    raise ValueError(f"the card has no calibration for {phase} in {form}")
+                threshold = calibration.threshold(alpha)
+            except ValueError as error:
+                # Asked for by name, on the route everybody uses: refuse. Else it can only be shadowed.
+                if asked and mode is not Mode.SHADOW and form == "chat":
+                    raise ConfigInvalid(
+                        f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
+                        "with more benign rows, raise target_fpr, or set the mode to shadow"
+                    ) from error
+                mode = Mode.SHADOW
+            rules.append(
+                Rule(
+                    card.name,
+                    card.version,
+                    column,
+                    phase,
+                    mode,
+                    threshold,
+                    card.aggregation[phase.value],
+                    settings.fail_mode,
+                    settings.on_history,
+                )
+            )
+    return tuple(rules)
