@@ -71,8 +71,6 @@ class Settings(BaseSettings):
     max_records: int = Field(100_000, ge=1)
     record_queue: int = Field(10_000, ge=1)
     webhook_url: str | None = Field(None, pattern=r"^https?://")
-    webhook_text: bool = False
-    """Send the flagged text along. Off: digests and scores only."""
     webhook_queue: int = Field(1_000, ge=1)
     webhook_attempts: int = Field(4, ge=1)
 

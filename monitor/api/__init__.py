@@ -1,0 +1,1 @@
+"""The HTTP side: bytes in, types to the engine, judged text out."""

@@ -1,0 +1,102 @@
+"""Notices: a flag or a block as one JSON line on stdout, and as a POST to the operator's webhook."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from monitor.types import Action, Record
+
+Result = Literal["sent", "failed", "dropped"]
+_TIMEOUT_S = 5.0
+_FIRST_RETRY_S = 0.5
+
+
+def notice(record: Record) -> dict[str, Any] | None:
+    """What is told about a sequence that was flagged, blocked or unmonitored; None for the rest. Holds no text."""
+    if record.verdict is Action.ALLOW:
+        return None
+    return {
+        "event": f"midstream.{record.verdict}",
+        "request_id": record.request_id,
+        "choice": record.index,
+        "time": record.created,
+        "model": record.model,
+        "route": record.route,
+        "finish": record.finish,
+        "released_tokens": record.released_tokens,
+        "unmonitored": record.coverage.unmonitored,
+        "probes": [
+            {
+                "probe": r.probe,
+                "version": r.version,
+                "phase": r.phase,
+                "mode": r.mode,
+                "action": r.action,
+                "value": None if r.value is None else round(r.value, 4),
+                "threshold": None if r.threshold is None else round(r.threshold, 4),
+                "crossed_at": r.crossed_at,
+            }
+            for r in record.readings
+            if r.action is not Action.ALLOW or r.would_block
+        ],
+    }
+
+
+def print_line(event: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+class Webhook:
+    """POSTs notices from one thread behind a bounded queue; each is tried `attempts` times, waits doubling.
+
+    counted: called with `sent`, `failed` or `dropped` for every notice
+    """
+
+    def __init__(self, url: str, queue_size: int, attempts: int, counted: Callable[[Result], None]) -> None:
+        self._url, self._attempts, self._counted = url, attempts, counted
+        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(queue_size)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="midstream-webhook", daemon=True)
+        self._thread.start()
+
+    def put(self, event: Mapping[str, Any]) -> None:
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._counted("dropped")
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Send what is queued, without waiting between retries, for at most `timeout_s`."""
+        self._closing.set()
+        try:
+            self._queue.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (event := self._queue.get()) is not None:
+            self._counted("sent" if self._deliver(event) else "failed")
+
+    def _deliver(self, event: Mapping[str, Any]) -> bool:
+        request = urllib.request.Request(  # noqa: S310 - the scheme is checked in the settings
+            self._url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        for attempt in range(self._attempts):
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_S):  # noqa: S310
+                    return True
+            except OSError as error:  # HTTPError is one, too
+                code = getattr(error, "code", 503)
+                if code < 500 and code != 429:
+                    return False  # the receiver says no; saying it again won't help
+            if attempt + 1 < self._attempts:
+                self._closing.wait(_FIRST_RETRY_S * 2**attempt)
+        return False
