@@ -83,9 +83,7 @@ def load_live(model: ServedModel, store: Store, settings: Settings, device: str 
     return assemble(probes, model.d_model, settings, device)
 
 
-def assemble(
-    probes: Sequence[StoredProbe], d_model: int, settings: Settings, device: str = "cpu"
-) -> LiveProbes:
+def assemble(probes: Sequence[StoredProbe], d_model: int, settings: Settings, device: str = "cpu") -> LiveProbes:
     """Stack verified probes and resolve their rules."""
     weights = [ProbeWeights(p.card.name, p.weight, p.bias) for p in probes]
     bank = ProbeBank(weights, d_model, device)

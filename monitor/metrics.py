@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from monitor.policy import Rule
-from monitor.types import Action, Mode, Phase, Record
+from monitor.types import Action, Format, Mode, Phase, Record
 
 _SECONDS = (1e-5, 2.5e-5, 1e-4, 2.5e-4, 1e-3, 2.5e-3, 1e-2, 2.5e-2, 0.1, 0.25, 1.0)
 _PROBABILITY = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -20,13 +21,11 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
-        of = {"registry": self.registry, "namespace": "midstream"}
+        of: dict[str, Any] = {"registry": self.registry, "namespace": "midstream"}
         self.requests = Counter("requests", "Finished sequences by verdict.", ["route", "action"], **of)
         self.finished = Counter("finished", "Finished sequences by how they ended.", ["finish"], **of)
         self.scored_tokens = Counter("tokens_scored", "Tokens with a judged score.", ["phase"], **of)
-        self.final_unscored = Counter(
-            "final_unscored_tokens", "Last sampled tokens: never fed, so never scored.", **of
-        )
+        self.final_unscored = Counter("final_unscored_tokens", "Last sampled tokens: never fed, so never scored.", **of)
         self.unmonitored = Counter(
             "unmonitored_tokens", "Tokens whose score was missing or not finite.", ["cause"], **of
         )
@@ -34,10 +33,17 @@ class Metrics:
         self.flags = Counter("flags", "Sequences that a probe flagged.", ["probe", "phase"], **of)
         self.blocks = Counter("blocks", "Sequences that a probe blocked.", ["probe", "phase"], **of)
         self.would_block = Counter(
-            "would_block", "Sequences above the threshold of a probe that may not block.", ["probe", "phase"], **of
+            "would_block",
+            "Sequences above the threshold of a probe that may not block.",
+            ["probe", "phase"],
+            **of,
         )
         self.request_score = Histogram(
-            "request_score", "Value of a sequence, as a probability.", ["probe", "phase"], buckets=_PROBABILITY, **of
+            "request_score",
+            "Value of a sequence, as a probability.",
+            ["probe", "phase"],
+            buckets=_PROBABILITY,
+            **of,
         )
         self.score_seconds = Histogram(
             "score_seconds", "Judging one step of the engine, all its sequences.", buckets=_SECONDS, **of
@@ -85,7 +91,7 @@ class Metrics:
     def scored(self, seconds: float, n_tokens: int) -> None:
         self.score_seconds.observe(seconds)
 
-    def probes(self, probes: Sequence[tuple[str, str, str, str]], rules: dict[str, Sequence[Rule]]) -> None:
+    def probes(self, probes: Sequence[tuple[str, str, str, str]], rules: Mapping[Format, Sequence[Rule]]) -> None:
         """probes: (name, version, sha256, layers) in service; rules: per format"""
         for name, version, sha256, layers in probes:
             self.probe_info.labels(name, version, sha256[:16], layers).set(1)

@@ -38,9 +38,7 @@ class Rule:
 
 def crossed(rule: Rule, value: float | None) -> bool:
     """False for a missing or non-finite value: `outcome` tells those apart from a low one."""
-    return (
-        value is not None and math.isfinite(value) and rule.threshold is not None and value > rule.threshold
-    )
+    return value is not None and math.isfinite(value) and rule.threshold is not None and value > rule.threshold
 
 
 def outcome(rule: Rule, value: float | None, newest: float | None = None) -> Action:

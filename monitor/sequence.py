@@ -101,9 +101,7 @@ class Watch:
     def prompt_judged(self) -> bool:
         return self._prompt_done
 
-    def advance(
-        self, first: int, rows: Scores, n_new: int = 0, finish: FinishReason | None = None
-    ) -> Judged:
+    def advance(self, first: int, rows: Scores, n_new: int = 0, finish: FinishReason | None = None) -> Judged:
         """One step of the engine: rows of the tokens it fed, then the tokens it sampled, then its reason to end.
 
         first: position of rows[0]; rows: (n, K) float32 logits, positions seen before are ignored

@@ -53,9 +53,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
-def attach(
-    model: nn.Module, layers: Iterable[int], read: Callable[[int, Tensor], None]
-) -> list[RemovableHandle]:
+def attach(model: nn.Module, layers: Iterable[int], read: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
     """Call `read(layer, hidden)` with the residual stream at each of `layers`, at every forward pass.
 
     layers: 0-based blocks; hidden: the OUTPUT of the block, as the model shaped it, (..., d_model)

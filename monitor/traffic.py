@@ -78,17 +78,14 @@ class TrafficLog:
                 batch.append(self._queue.get())
             done = None in batch
             records = [r for r in batch if r is not None]
-            rows = [
-                (r.request_id, r.index, r.created, str(r.verdict), json.dumps(record_json(r))) for r in records
-            ]
+            rows = [(r.request_id, r.index, r.created, str(r.verdict), json.dumps(record_json(r))) for r in records]
             try:
                 with self._db:
                     self._db.executemany(
-                        "INSERT INTO records (request_id, choice, created, verdict, body) VALUES (?, ?, ?, ?, ?)", rows
+                        "INSERT INTO records (request_id, choice, created, verdict, body) VALUES (?, ?, ?, ?, ?)",
+                        rows,
                     )
-                    self._db.execute(
-                        "DELETE FROM records WHERE id <= (SELECT max(id) FROM records) - ?", (self._keep,)
-                    )
+                    self._db.execute("DELETE FROM records WHERE id <= (SELECT max(id) FROM records) - ?", (self._keep,))
             except sqlite3.Error:  # a full or failing disk must not stop traffic; the loss is counted
                 self._dropped(len(rows))
 

@@ -112,9 +112,7 @@ class Store:
             raise ConfigInvalid(f"there is no probe {model}/{probe} {version} in the store; see `midstream probes`")
         stored = read_folder(folder, shipped=folder.is_relative_to(self.shipped))
         if (stored.card.name, stored.card.version) != (probe, version):
-            raise ProbeInvalid(
-                f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again"
-            )
+            raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
         return stored
 
     def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float) -> Path:

@@ -25,7 +25,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code} | dict(extra or {})
+        self.error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code} | dict(
+            extra or {}
+        )
 
     def response(self) -> JSONResponse:
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else None
@@ -51,7 +53,9 @@ def validation(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"field {where!r} is not supported; remove it", param=where, code="unknown_field")
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json")
+        return ApiError(
+            400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json"
+        )
     return ApiError(400, f"field {where!r}: {first['msg']}", param=where, code="bad_value")
 
 

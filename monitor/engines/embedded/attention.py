@@ -18,7 +18,15 @@ from torch import Tensor
 from monitor.types import ModelUnsupported
 
 NAME = "midstream_packed"
-_KNOWN = {"packed", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "cu_seq_lens_q"}
+_KNOWN = {
+    "packed",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "cu_seq_lens_q",
+}
 
 
 class KVCache:
@@ -43,14 +51,12 @@ class KVCache:
         values[:, self.length : end] = value
         return keys[:, :end], values[:, :end]
 
-    def fork(self) -> KVCache:
+    def fork(self, reserved: int | None = None) -> KVCache:
         """A copy that goes on by itself: the choices of one prompt share its prefill."""
-        twin = KVCache(self.reserved)
-        twin.length = self.length
+        twin = KVCache(self.reserved if reserved is None else reserved)
         for layer, (keys, values) in self._layers.items():
-            twin._layers[layer] = (torch.empty_like(keys), torch.empty_like(values))
-            for mine, copy in zip((keys, values), twin._layers[layer], strict=True):
-                copy[:, : self.length] = mine[:, : self.length]
+            twin.write(layer, keys[:, : self.length], values[:, : self.length])
+        twin.length = self.length
         return twin
 
 
@@ -106,7 +112,9 @@ def packed_attention(
     """
     strange = [k for k, v in extra.items() if k not in _KNOWN and v is not None]
     if strange:
-        raise ModelUnsupported(f"{type(module).__name__} needs {', '.join(strange)}; the embedded engine has no such attention")
+        raise ModelUnsupported(
+            f"{type(module).__name__} needs {', '.join(strange)}; the embedded engine has no such attention"
+        )
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     start = 0
     for cache, n in zip(packed.caches, packed.n_new, strict=True):

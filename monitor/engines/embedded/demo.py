@@ -52,9 +52,7 @@ def _convert(source: Path, folder: Path) -> None:
 
     print(f"midstream: converting {source.name} once into {folder} (about 30 s) …", file=sys.stderr, flush=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except ImportError as error:
         raise ConfigInvalid(f"reading GGUF needs an extra: pip install midstream[gguf] ({error})") from error

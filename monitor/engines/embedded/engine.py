@@ -110,12 +110,16 @@ class EmbeddedEngine:
     def describe(self) -> Mapping[str, Any]:
         return {"engine": "embedded", "active": len(self._active), "waiting": len(self._waiting)}
 
-    def stop(self, timeout_s: float) -> None:
-        """Refuse new requests, let the active ones finish for `timeout_s`, then cut them; returns when idle."""
-        deadline = time.monotonic() + timeout_s
+    def drain(self) -> None:
+        """Not ready from now on: refuse new requests, let the others finish."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
+
+    def stop(self, timeout_s: float) -> None:
+        """Drain, cut what is still active after `timeout_s`, and return when idle."""
+        deadline = time.monotonic() + timeout_s
+        self.drain()
         if not self._thread.is_alive():
             return
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -159,7 +163,7 @@ class EmbeddedEngine:
                 self._admit()
                 if self._active:
                     self._step()
-        except BaseException as error:  # noqa: BLE001 - whatever it was, clients and operator must hear of it
+        except BaseException as error:
             self._die(error)
 
     def _wait_for_work(self) -> bool:
@@ -237,9 +241,7 @@ class EmbeddedEngine:
             room -= n
             yield sequence, n
 
-    def _forward(
-        self, tokens: list[list[int]], packed: Packed, sample_at: list[int]
-    ) -> tuple[Scores, torch.Tensor]:
+    def _forward(self, tokens: list[list[int]], packed: Packed, sample_at: list[int]) -> tuple[Scores, torch.Tensor]:
         device = self.live.bank.weight.device
         n = packed.n_tokens
         self._tap.begin(n)

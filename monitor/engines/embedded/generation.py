@@ -8,7 +8,16 @@ from monitor.engines.embedded.attention import KVCache
 from monitor.engines.embedded.sampling import Sampler
 from monitor.engines.embedded.text import AnswerText
 from monitor.sequence import Watch
-from monitor.types import Deliver, Delta, FinishReason, GenerationRequest, Prompt, Record, Scores, TokenLogprob
+from monitor.types import (
+    Deliver,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Prompt,
+    Record,
+    Scores,
+    TokenLogprob,
+)
 
 
 class Generation:

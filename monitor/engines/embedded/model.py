@@ -13,6 +13,7 @@ import torch
 
 from monitor.config import DEMO_MODEL
 from monitor.engines.embedded.demo import MANIFEST, demo_model, file_sha256
+from monitor.live import ServedModel
 from monitor.tap import decoder_blocks
 from monitor.template import ChatTemplate
 from monitor.types import ConfigInvalid, ModelUnsupported
@@ -36,6 +37,9 @@ class LoadedModel:
     max_model_len: int
     eos_ids: frozenset[int]
 
+    def served(self) -> ServedModel:
+        return ServedModel(self.name, self.fingerprint, self.dtype, self.d_model, self.n_layers, self.template)
+
 
 def load_model(
     name: str, *, cache: Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
@@ -45,18 +49,18 @@ def load_model(
     raises: ConfigInvalid if there is no such model, ModelUnsupported if it can't be served
     """
     # Imported here: it takes seconds, and `midstream --help` should not.
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path: str | Path = demo_model(cache) if name == DEMO_MODEL else name
     local = Path(path)
     if isinstance(path, str) and (path.startswith((".", "/", "~")) or path.count("/") != 1 or local.exists()):
         local = local.expanduser()
         if not (local / "config.json").exists():
-            raise ConfigInvalid(f"--model {name!r}: no folder with a config.json there; name a model folder or a hub id")
+            raise ConfigInvalid(
+                f"--model {name!r}: no folder with a config.json there; name a model folder or a hub id"
+            )
         path = local
-    identity = _identity(local) if isinstance(path, Path) else None
     try:
-        config: Any = AutoConfig.from_pretrained(path, revision=revision)
         module: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -70,19 +74,29 @@ def load_model(
     module.to(device).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    return loaded(module, tokenizer)
+
+
+def loaded(module: Any, tokenizer: Any) -> LoadedModel:
+    """Describe a transformers model that is in memory already: which one it is, and its measures.
+
+    raises: ModelUnsupported if neither a folder nor a hub commit says where it came from
+    """
     text: Any = module.config.get_text_config()
-    if identity is None:
-        commit = getattr(config, "_commit_hash", None)
-        if commit is None:
-            raise ModelUnsupported(f"{name!r}: the hub did not say which commit was loaded; use a local folder")
-        identity = {"name": name, "fingerprint": f"hub-commit:{commit}", "quantization": "none"}
+    origin = Path(str(module.config.name_or_path))
+    if (origin / "config.json").exists():
+        identity = _identity(origin)
+    elif commit := getattr(module.config, "_commit_hash", None):
+        identity = {"name": str(origin), "fingerprint": f"hub-commit:{commit}", "quantization": "none"}
+    else:
+        raise ModelUnsupported(f"model {str(origin)!r} is neither a local folder nor a hub commit; load it from one")
     eos = module.generation_config.eos_token_id
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return LoadedModel(
         name=identity["name"],
         fingerprint=identity["fingerprint"],
         quantization=identity["quantization"],
-        dtype=dtype,
+        dtype=str(module.dtype).removeprefix("torch."),
         module=module,
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer),

@@ -22,12 +22,10 @@ class Sampler:
         else:
             self._random.manual_seed((sampling.seed + choice) % 2**63)
         self._counts: dict[int, int] = {}
-        self._bias = self._tensors(sampling.logit_bias)
+        self._bias = self._tensors(sampling.logit_bias) if sampling.logit_bias else None
 
     @staticmethod
-    def _tensors(values: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
-        if not values:
-            return None
+    def _tensors(values: Mapping[int, float]) -> tuple[Tensor, Tensor]:
         return torch.tensor(list(values)), torch.tensor(list(values.values()), dtype=torch.float32)
 
     def __call__(self, logits: Tensor) -> tuple[int, TokenLogprob | None]:
@@ -38,8 +36,7 @@ class Sampler:
             logits = logits.index_add(0, *self._bias)
         if (s.presence_penalty or s.frequency_penalty) and self._counts:
             penalties = {t: -s.presence_penalty - s.frequency_penalty * n for t, n in self._counts.items()}
-            ids, values = self._tensors(penalties) or (None, None)
-            logits = logits.index_add(0, ids, values)
+            logits = logits.index_add(0, *self._tensors(penalties))
         token = int(logits.argmax()) if s.temperature == 0 else self._draw(logits / s.temperature)
         self._counts[token] = self._counts.get(token, 0) + 1
         return token, None if s.logprobs is None else self._logprob(token, logits, s.logprobs)

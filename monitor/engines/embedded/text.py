@@ -52,5 +52,6 @@ class AnswerText:
     def _could_stop(self, text: str) -> int:
         """Length of the longest tail of `text` that is a proper start of a stop string."""
         return max(
-            (n for s in self._stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
+            (n for s in self._stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])),
+            default=0,
         )

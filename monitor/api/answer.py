@@ -1,0 +1,94 @@
+"""One request's judged output, from the engine's thread into this event loop, cut off when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from monitor.api.errors import ApiError, blocked_readings, ended_badly, from_domain, prompt_blocked
+from monitor.types import Delta, Engine, GenerationRequest, Overloaded, Phase, RequestInvalid
+
+
+class Answer:
+    """Deltas of all choices, in the order they were judged.
+
+    The queue is bounded by the request: at most one Delta per token, so n x max_tokens of them.
+    """
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        self.request = request
+        self.n_choices = len(request.prompts) * request.n
+        self.released = 0
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._early: list[Delta] = []
+
+    def _deliver(self, delta: Delta) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+
+    async def judge_prompts(self, http: Request) -> None:
+        """Submit, and wait until every prompt has its first verdict: before that nothing is answered, not even 200.
+
+        raises: ApiError; the whole request is then aborted
+        """
+        try:
+            self._engine.submit(self.request, self._deliver)
+        except (RequestInvalid, Overloaded) as error:
+            raise from_domain(error) from error
+        async with self.guarded(http):
+            waiting = set(range(self.n_choices))
+            while waiting:
+                delta = await self._queue.get()
+                self._check_prompt(delta)
+                self._early.append(delta)
+                waiting.discard(delta.index)
+
+    def _check_prompt(self, delta: Delta) -> None:
+        if delta.record is None:
+            return
+        if blocked_readings(delta.record, Phase.PROMPT):
+            raise prompt_blocked(delta.record, delta.index // self.request.n, len(self.request.prompts))
+        if error := ended_badly(delta.record):
+            raise error
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Every Delta until all choices have ended. raises: ApiError where a choice may not be answered at all"""
+        left = self.n_choices
+        while left:
+            delta = self._early.pop(0) if self._early else await self._queue.get()
+            if delta.record is not None:
+                left -= 1
+                if error := ended_badly(delta.record):
+                    raise error
+            self.released += delta.n_tokens
+            yield delta
+
+    def abort(self) -> None:
+        """Synchronous: after a disconnect no await in a `finally` completes."""
+        self._engine.abort(self.request.id)
+
+    @asynccontextmanager
+    async def guarded(self, http: Request) -> AsyncIterator[None]:
+        """Abort the request if the client leaves inside this block, or if it raises."""
+
+        async def leave() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                continue
+            self.abort()
+
+        watcher = asyncio.create_task(leave())
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            watcher.cancel()
+
+
+def as_event_error(error: ApiError) -> dict[str, object]:
+    return {"error": error.error}

@@ -1,0 +1,110 @@
+"""The FastAPI application: routes, the key, errors in one shape, health and metrics."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from monitor import __version__
+from monitor.api.errors import ApiError, validation
+from monitor.api.openai import Service, openai_routes
+from monitor.metrics import Metrics
+
+_MAX_ECHO = 128
+
+
+def create_app(service: Service, metrics: Metrics, ready: Callable[[], str | None]) -> ASGIApp:
+    """ready: None when the server is, else why not."""
+    app = FastAPI(title="midstream", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(openai_routes(service))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "up"}
+
+    @app.get("/ready")
+    async def readiness() -> Response:
+        reason = ready()
+        metrics.ready.set(reason is None)
+        if reason is not None:
+            return JSONResponse({"status": "not ready", "reason": reason}, 503)
+        return JSONResponse({"status": "ready"} | dict(service.engine.describe()))
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        metrics.ready.set(ready() is None)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def refuse(request: Request, error: ApiError) -> JSONResponse:
+        metrics.rejected.labels(str(error.status)).inc()
+        response = error.response()
+        if hasattr(request.state, "request_id"):
+            response.headers["x-midstream-request-id"] = request.state.request_id
+        return response
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return refuse(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refuse(request, validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        hint = f"{request.method} {request.url.path[:80]}: {error.detail}"
+        return refuse(
+            request, ApiError(error.status_code, hint, code="not_found" if error.status_code == 404 else None)
+        )
+
+    return Front(app, service.settings.api_key)
+
+
+class Front:
+    """In front of every route: the key for /v1, and the client's own request id echoed. Plain ASGI: streams pass."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app = app
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if not self._admitted(scope["path"], headers):
+            error = ApiError(401, "wrong or missing API key; send `Authorization: Bearer KEY`", code="invalid_api_key")
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, _echo(headers.get(b"x-request-id"), send))
+
+    def _admitted(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._key is None or path in ("/health", "/ready", "/metrics"):
+            return True
+        given = headers.get(b"authorization", b"")
+        return given[:7].lower() == b"bearer " and secrets.compare_digest(given[7:], self._key)
+
+
+def _echo(client_id: bytes | None, send: Send) -> Send:
+    if (
+        client_id is None
+        or len(client_id) > _MAX_ECHO
+        or not client_id.isascii()
+        or not client_id.decode().isprintable()
+    ):
+        return send
+
+    async def with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", client_id)]
+        await send(message)
+
+    return with_id

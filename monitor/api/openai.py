@@ -1,0 +1,169 @@
+"""/v1/models, /v1/chat/completions and /v1/completions: OpenAI's bytes <-> our types."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from monitor.api.answer import Answer, as_event_error
+from monitor.api.errors import ApiError, from_domain
+from monitor.api.render import ChatShape, CompletionShape, envelope, usage
+from monitor.api.schema import ChatRequest, CompletionRequest, Generate
+from monitor.config import Settings
+from monitor.template import ChatTemplate
+from monitor.types import Engine, GenerationRequest, Prompt, RequestInvalid
+
+_SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes need. names: all names a client may call the model"""
+
+    engine: Engine
+    template: ChatTemplate
+    settings: Settings
+    names: frozenset[str]
+    vocabulary: int
+
+
+def openai_routes(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1")
+    engine, settings = service.engine, service.settings
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        ids = sorted(service.names)
+        return {
+            "object": "list",
+            "data": [{"id": i, "object": "model", "created": 0, "owned_by": "midstream"} for i in ids],
+        }
+
+    @routes.post("/chat/completions")
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        prompt = _encode(lambda: service.template.encode([m.plain() for m in body.messages]))
+        limit = body.max_completion_tokens or body.max_tokens
+        shape = ChatShape(bool(body.logprobs))
+        return await respond(http, body, [prompt], limit, body.wanted_logprobs(), shape, "chat")
+
+    @routes.post("/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        given = body.prompts()
+        if not 0 < len(given) <= settings.max_prompts:
+            raise ApiError(400, f"prompt has {len(given)} entries; send 1 to {settings.max_prompts}", param="prompt")
+        for ids in given:
+            if not isinstance(ids, str) and not all(0 <= i < service.vocabulary for i in ids):
+                raise ApiError(400, f"prompt holds a token id outside 0 to {service.vocabulary - 1}", param="prompt")
+        prompts = [_encode(lambda p=p: service.template.raw(p)) for p in given]
+        shape = CompletionShape(body.logprobs is not None)
+        limit = body.max_tokens if body.max_tokens is not None else 16  # OpenAI's default for this route
+        return await respond(http, body, prompts, limit, body.logprobs, shape, "completions")
+
+    async def respond(
+        http: Request,
+        body: Generate,
+        prompts: Sequence[Prompt],
+        limit: int | None,
+        logprobs: int | None,
+        shape: ChatShape | CompletionShape,
+        route: str,
+    ) -> Response:
+        request = plan(body, prompts, limit, logprobs, route)
+        answer = Answer(engine, request)
+        headers = {"x-midstream-request-id": request.id}
+        http.state.request_id = request.id
+        await answer.judge_prompts(http)
+        n_prompt = sum(len(p.token_ids) for p in prompts)
+        base = envelope(shape, request.id, body.model, chunk=body.stream)
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = stream(answer, shape, base, n_prompt if with_usage else None)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_SSE | headers)
+        async with answer.guarded(http):
+            choices = await gather(answer, shape)
+        return JSONResponse(base | {"choices": choices, "usage": usage(n_prompt, answer.released)}, headers=headers)
+
+    def plan(
+        body: Generate, prompts: Sequence[Prompt], limit: int | None, logprobs: int | None, route: str
+    ) -> GenerationRequest:
+        if body.model not in service.names:
+            raise ApiError(
+                404,
+                f"model {body.model[:64]!r} is not served here; use {sorted(service.names)[0]!r}",
+                param="model",
+                code="model_not_found",
+            )
+        n = body.n or 1
+        if n > min(settings.max_n, settings.max_sequences):
+            raise ApiError(400, f"n is {n}; send at most {min(settings.max_n, settings.max_sequences)}", param="n")
+        longest = max(len(p.token_ids) for p in prompts)
+        room = engine.max_model_len - longest
+        if room < 1 or (limit is not None and limit > room):
+            wanted = f"{longest} prompt tokens" + (f" + max_tokens {limit}" if limit else "")
+            raise ApiError(
+                400,
+                f"{wanted} do not fit into the model's {engine.max_model_len}; shorten the prompt or max_tokens",
+                param="messages" if route == "chat" else "prompt",
+                code="context_length_exceeded",
+            )
+        try:
+            sampling = body.sampling(limit or min(room, settings.default_max_tokens), service.vocabulary, logprobs)
+        except RequestInvalid as error:
+            raise from_domain(error) from error
+        return GenerationRequest(secrets.token_hex(16), tuple(prompts), n, sampling, route)
+
+    return routes
+
+
+def _encode(encode: Any) -> Prompt:
+    try:
+        prompt: Prompt = encode()
+    except RequestInvalid as error:
+        raise from_domain(error) from error
+    return prompt
+
+
+async def gather(answer: Answer, shape: ChatShape | CompletionShape) -> list[dict[str, Any]]:
+    texts: list[list[str]] = [[] for _ in range(answer.n_choices)]
+    tokens: list[list[Any]] = [[] for _ in range(answer.n_choices)]
+    finishes = [""] * answer.n_choices
+    async for delta in answer.deltas():
+        texts[delta.index].append(delta.text)
+        tokens[delta.index].extend(delta.tokens)
+        finishes[delta.index] = delta.finish or ""
+    return [shape.whole(i, "".join(texts[i]), tokens[i], finishes[i]) for i in range(answer.n_choices)]
+
+
+async def stream(
+    answer: Answer, shape: ChatShape | CompletionShape, base: dict[str, Any], n_prompt: int | None
+) -> AsyncIterator[bytes]:
+    """Server-sent events. n_prompt: prompt tokens if the client asked for usage"""
+
+    def event(data: object) -> bytes:
+        return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+    def chunk(choice: dict[str, Any]) -> bytes:
+        return event(base | {"choices": [choice]} | ({"usage": None} if n_prompt is not None else {}))
+
+    try:
+        for index in range(answer.n_choices):
+            if opening := shape.opening(index):
+                yield chunk(opening)
+        async for delta in answer.deltas():
+            if delta.text or delta.tokens or delta.finish:
+                yield chunk(shape.part(delta))
+        if n_prompt is not None:
+            yield event(base | {"choices": [], "usage": usage(n_prompt, answer.released)})
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:  # after the 200 an error can only be an event; no [DONE]: this is not a normal end
+        yield event(as_event_error(error))
+    finally:
+        # Runs when the client leaves, too. For a request that has ended this changes nothing.
+        answer.abort()

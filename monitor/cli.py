@@ -1,0 +1,232 @@
+"""The `midstream` command: the one file that may reach both the serving and the training side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from monitor.config import DEMO_MODEL, Settings, load_settings
+from monitor.types import ConfigInvalid, MidstreamError, Mode, Phase
+
+EXIT_USAGE = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
+Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _modes(given: list[str] | None) -> dict[str, dict[Phase, Mode]] | None:
+    modes: dict[str, dict[Phase, Mode]] = {}
+    for item in given or []:
+        name, _, mode = item.partition("=")
+        probe, _, phase = name.rpartition(".")
+        if phase not in list(Phase) or mode not in list(Mode) or not probe:
+            raise ConfigInvalid(f"--mode {item!r} must be PROBE.PHASE=MODE, like harmful-intent.prompt=shadow")
+        modes.setdefault(probe, {})[Phase(phase)] = Mode(mode)
+    return modes or None
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    config: Config = None,
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option()] = None,
+    api_key: Annotated[str | None, typer.Option(help="Bearer token of /v1.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="PROBE.PHASE=shadow|flag|block; repeat it.")] = None,
+    target_fpr: Annotated[float | None, typer.Option(help="Benign requests that may be blocked.")] = None,
+    on_flag_webhook: Annotated[str | None, typer.Option(help="POST each flag and block there.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Serve a model behind an OpenAI-compatible endpoint, watched."""
+    settings = load_settings(
+        config,
+        model=model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        modes=_modes(mode),
+        target_fpr=target_fpr,
+        webhook_url=on_flag_webhook,
+        store=store,
+        dtype=dtype,
+    )
+    from monitor.api.serve import serve as run
+
+    raise typer.Exit(run(settings))
+
+
+@app.command()
+def show(
+    request_id: Annotated[str, typer.Argument(help="From x-midstream-request-id, or a completion's id.")],
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Why a request was flagged or blocked: values, thresholds, versions, and the positions that decided."""
+    from monitor.traffic import find_records
+
+    key = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    records = find_records(load_settings(config).records, key)
+    if not records:
+        raise ConfigInvalid(f"no record of request {request_id!r}; it may be older than the log keeps")
+    if as_json:
+        print(json.dumps(records))
+        return
+    for record in records:
+        _show(Console(), record)
+
+
+def _show(console: Console, record: dict[str, Any]) -> None:
+    coverage = record["coverage"]
+    console.print(
+        f"[bold]{record['request_id']}[/] choice {record['index']} · {record['route']} · {record['model']}\n"
+        f"verdict [bold]{record['verdict']}[/], finish {record['finish']}, "
+        f"{record['released_tokens']} of {coverage['response_tokens']} answer tokens released\n"
+        f"scored {coverage['prompt_scored']} prompt + {coverage['response_scored']} answer tokens, "
+        f"{coverage['final_unscored']} last token unscored, {coverage['unmonitored']} unmonitored",
+        highlight=False,
+    )
+    table = Table()
+    for column in (
+        "probe",
+        "version",
+        "phase",
+        "mode",
+        "value",
+        "threshold",
+        "verdict",
+        "crossed at",
+        "highest token",
+    ):
+        table.add_column(column)
+    for r in record["readings"]:
+        peak = "-" if r["peak_position"] is None else f"{r['peak_score']:.3f} at {r['peak_position']}"
+        crossed = "-" if r["crossed_at"] is None else str(r["crossed_at"])
+        verdict = r["action"] + (" (would act)" if r["would_block"] and r["action"] == "allow" else "")
+        table.add_row(
+            r["probe"],
+            r["version"],
+            r["phase"],
+            r["mode"],
+            _number(r["value"]),
+            _number(r["threshold"]),
+            verdict,
+            crossed,
+            peak,
+        )
+    console.print(table)
+    for probe, scores in record["token_scores"].items():
+        ranked = sorted(enumerate(scores), key=lambda item: -item[1])[:8]
+        console.print(f"{probe}: highest positions " + ", ".join(f"{p}: {s:.2f}" for p, s in ranked), highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+@app.command()
+def score(
+    text: Annotated[str, typer.Argument(help="A user's message.")],
+    model: Model = None,
+    config: Config = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    tokens: Annotated[bool, typer.Option(help="Each token's score, coloured.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score one message as a prompt, without generating."""
+    from monitor.scoring import score_text
+
+    scored = score_text(load_settings(config, model=model, store=store), text)
+    if as_json:
+        print(json.dumps(scored.as_dict()))
+        return
+    console = Console()
+    table = Table()
+    for column in ("probe", "version", "value", "probability", "threshold", "verdict"):
+        table.add_column(column)
+    for row in scored.rows:
+        threshold = "-" if row.threshold is None else f"{row.threshold:.3f}"
+        table.add_row(row.probe, row.version, f"{row.value:.3f}", f"{row.probability:.3f}", threshold, row.verdict)
+    console.print(table)
+    if tokens:
+        for row in scored.rows:
+            console.print(Text.assemble(f"{row.probe}: ", *_coloured(scored.tokens, row.token_scores)))
+
+
+def _coloured(tokens: list[str], scores: list[float | None]) -> list[tuple[str, str]]:
+    """Green below 0, red above, stronger with distance; grey where a position does not count."""
+    parts = []
+    for token, value in zip(tokens, scores, strict=True):
+        shown = token.replace("\n", "⏎")
+        if value is None:
+            parts.append((shown, "dim"))
+        else:
+            level = min(255, 60 + int(abs(value) * 40))
+            colour = f"rgb({level},30,30)" if value > 0 else f"rgb(20,{level // 2},40)"
+            parts.append((f"{shown}[{value:+.1f}] ", f"white on {colour}"))
+    return parts
+
+
+@app.command()
+def probes(model: Model = None, config: Config = None, store: Annotated[Path | None, typer.Option()] = None) -> None:
+    """List the probes in the store for a model."""
+    from probes_store.store import Store, model_slug
+
+    settings = load_settings(config, model=model, store=store)
+    shelf, slug = Store(settings.store), model_slug(settings.model)
+    live = shelf.live(slug)
+    if not live:
+        raise ConfigInvalid(
+            f"there is no probe for model {slug!r}; train one: midstream train --model {settings.model}"
+        )
+    table = Table()
+    for column in ("probe", "version", "live", "layers", "created", "from"):
+        table.add_column(column)
+    for name in live:
+        for version in shelf.versions(slug, name):
+            stored = shelf.load(slug, name, version)
+            mark = "live" if live[name] == version else ""
+            origin = "shipped" if stored.shipped else "yours"
+            table.add_row(name, version, mark, ",".join(map(str, stored.card.layers)), stored.card.created, origin)
+    Console().print(table)
+
+
+@app.command()
+def train(
+    model: Model = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSONL with `text` and `label`; repeat it. Default: our pairs.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The probe's name.")] = "harmful-intent",
+    layer: Annotated[int | None, typer.Option(help="Block to read; default: the middle one.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of the torch probe.")] = 200,
+    answers: Annotated[int, typer.Option(help="Benign answers to generate for the response calibration.")] = 0,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe instead of --data: the shipped probe's form.")
+    ] = None,
+    config: Config = None,
+    store: Annotated[Path | None, typer.Option(help="Folder to publish into.")] = None,
+) -> None:
+    """Train a probe on labelled texts, calibrate it, and publish it to the store. It starts in shadow."""
+    from training.run import train as run
+
+    settings: Settings = load_settings(config, model=model, store=store)
+    run(settings, name=name, files=data or [], layer=layer, epochs=epochs, answers=answers, recipe=recipe)
+
+
+def main() -> None:
+    """Every expected error is one line with its remedy on stderr, exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except MidstreamError as error:
+        print(f"midstream: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

@@ -1,0 +1,194 @@
+"""The harvest interface, for training: the residual stream and the served statistics of many prompts.
+
+Same template, positions, tap and Watch as serving. Prompts are packed without padding and sorted by length, and the
+forward pass stops after the last block that is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monitor.aggregate import Aggregation
+from monitor.config import Settings
+from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
+from monitor.engines.embedded.engine import EmbeddedEngine
+from monitor.engines.embedded.model import LoadedModel
+from monitor.live import LiveProbes
+from monitor.policy import Rule
+from monitor.probe import ProbeBank, ProbeWeights
+from monitor.sequence import Watch
+from monitor.tap import attach, tap_op
+from monitor.types import Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores
+
+Progress = Callable[[int], None]
+_PASS_TOKENS = 2048
+_CALIBRATION_SEQUENCES = 32
+
+
+class _StopForward(Exception):
+    """Raised by the hook on the last block that is needed; what comes after it is not computed."""
+
+
+def _silent(n: int) -> None:
+    return None
+
+
+def residual_streams(
+    model: LoadedModel, prompts: Sequence[Prompt], layers: Sequence[int], progress: Progress = _silent
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """(index, {layer: (n_tokens, d_model) float32}) for each prompt, shortest first.
+
+    progress: called with the number of prompts done since the last call
+    raises: ProbeMismatch for a layer the model does not have
+    """
+    if not prompts:
+        return
+    use_packed_attention(model.module)
+    streams: dict[int, Tensor] = {}
+    last = max(layers)
+
+    def read(layer: int, hidden: Tensor) -> None:
+        streams[layer] = hidden[0].float()
+        if layer == last:
+            raise _StopForward
+
+    def run(tokens: Sequence[Sequence[int]], caches: list[KVCache]) -> None:
+        packed = Packed(caches, [len(t) for t in tokens])
+        ids, positions = torch.tensor([[t for part in tokens for t in part]]), torch.tensor([packed.positions()])
+        with torch.inference_mode(), contextlib.suppress(_StopForward):
+            model.module(input_ids=ids, position_ids=positions, use_cache=False, packed=packed)
+        packed.advance()
+
+    handles = attach(model.module, sorted(layers), read)
+    try:
+        # What all prompts begin with (a template's system turn, the user's header) is computed once.
+        shared = prompts[0].token_ids[: _shared(prompts)]
+        prefix = KVCache(len(shared))
+        head = {layer: torch.empty(0, model.d_model) for layer in layers}
+        if shared:
+            run([shared], [prefix])
+            head = dict(streams)
+        for batch in _batches([len(p.token_ids) - len(shared) for p in prompts]):
+            tokens = [prompts[i].token_ids[len(shared) :] for i in batch]
+            run(tokens, [prefix.fork(len(prompts[i].token_ids)) for i in batch])
+            start = 0
+            for index, n in zip(batch, map(len, tokens), strict=True):
+                yield index, {k: torch.cat([head[k], streams[k][start : start + n]]) for k in layers}
+                start += n
+            progress(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shared(prompts: Sequence[Prompt]) -> int:
+    """How many tokens all prompts begin with; each keeps at least one of its own."""
+    first, last = min(p.token_ids for p in prompts), max(p.token_ids for p in prompts)
+    shortest = min(len(p.token_ids) for p in prompts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
+    return min(same, shortest - 1)
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and total + lengths[index] > _PASS_TOKENS:
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += lengths[index]
+    if batch:
+        yield batch
+
+
+def _in_shadow(
+    probe: ProbeWeights, d_model: int, aggregation: Mapping[Phase, Aggregation]
+) -> tuple[ProbeBank, tuple[Rule, ...]]:
+    rules = tuple(Rule(probe.name, "v0", 0, p, Mode.SHADOW, None, aggregation[p], "open") for p in Phase)
+    return ProbeBank([probe], d_model), rules
+
+
+def prompt_values(
+    model: LoadedModel,
+    probe: ProbeWeights,
+    aggregation: Mapping[Phase, Aggregation],
+    prompts: Sequence[Prompt],
+    progress: Progress = _silent,
+) -> list[float]:
+    """The served statistic of each prompt: its maximum over turns, as a server's Watch would see it."""
+    bank, rules = _in_shadow(probe, model.d_model, aggregation)
+    values = [float("nan")] * len(prompts)
+    for index, streams in residual_streams(model, prompts, bank.layers, progress):
+        watch = Watch(prompts[index], rules)
+        watch.advance(0, score_streams(bank, streams))
+        values[index] = _value(watch.readings()[0].value)
+    return values
+
+
+def score_streams(bank: ProbeBank, streams: Mapping[int, Tensor]) -> Scores:
+    """(n_tokens, K) float32 logits of harvested streams, by the op that serves."""
+    n = next(iter(streams.values())).shape[0]
+    per_layer = torch.empty(len(bank.layers), n, len(bank))
+    for row, layer in enumerate(bank.layers):
+        tap_op(streams[layer], None, bank.weight[row], per_layer[row])
+    scores: Scores = bank.combine(per_layer).numpy()
+    return scores
+
+
+def answer_values(
+    model: LoadedModel,
+    probe: ProbeWeights,
+    aggregation: Mapping[Phase, Aggregation],
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    max_tokens: int,
+    progress: Progress = _silent,
+) -> list[float]:
+    """Let the model answer each prompt, through the serving engine; the served statistic of each answer.
+
+    An answer without a scored token has none and is left out.
+    """
+    bank, rules = _in_shadow(probe, model.d_model, aggregation)
+    formats: tuple[Format, ...] = ("chat", "raw")
+    observer = _Keep()
+    settings = settings.model_copy(update={"max_queue": len(prompts), "max_sequences": _CALIBRATION_SEQUENCES})
+    engine = EmbeddedEngine(model, LiveProbes((), bank, dict.fromkeys(formats, rules)), settings, observer)
+    done: queue.Queue[Delta] = queue.Queue()
+    engine.start()
+    try:
+        for i, prompt in enumerate(prompts):
+            engine.submit(
+                GenerationRequest(str(i), (prompt,), 1, Sampling(max_tokens, temperature=0.7, seed=i), "calibration"),
+                lambda delta: done.put(delta) if delta.record else None,
+            )
+        for _ in prompts:
+            done.get()
+            progress(1)
+    finally:
+        engine.stop(0.0)
+    values = [_value(r.readings[1].value) for r in observer.records]
+    return [v for v in values if np.isfinite(v)]
+
+
+class _Keep:
+    """An observer that keeps every record."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def record(self, record: Record) -> None:
+        self.records.append(record)
+
+    def scored(self, seconds: float, n_tokens: int) -> None:
+        return None
+
+
+def _value(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,136 @@
+"""Labelled texts: JSONL files in, rows out, split by group so that a pair never lies on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from monitor.types import ConfigInvalid
+from probes_store.card import DataFile
+
+PAIRS = Path(__file__).parent / "pairs.jsonl"
+"""Our own contrast pairs: harmful and harmless requests alike in form. Ships with the package."""
+
+MAX_ROW_BYTES = 1 << 20
+Part = Literal["fit", "calibrate", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """label: 1 harmful, 0 harmless; group: rows that must stay together; weight: in the fit"""
+
+    text: str
+    label: int
+    source: str
+    group: str
+    weight: float = 1.0
+    key: str = ""
+    """Rows of one key and label weigh the same together as those of any other, under a recipe that balances."""
+
+
+def read_jsonl(path: Path) -> tuple[list[Row], DataFile]:
+    """One JSON object a line: `text` (string), `label` (0 or 1), optional `source`, `group`.
+
+    raises: ConfigInvalid, naming file, line and what is wanted
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigInvalid(f"data file {str(path)!r} can't be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            rows.append(_row(line, f"{path}, line {number}", path.stem))
+    if not rows:
+        raise ConfigInvalid(f"data file {str(path)!r} is empty; one JSON object a line is wanted")
+    digest = hashlib.sha256(data).hexdigest()
+    return rows, DataFile(file=path.name, sha256=digest, rows=len(rows), positive=sum(r.label for r in rows))
+
+
+def _row(line: bytes, where: str, stem: str) -> Row:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise ConfigInvalid(f"{where}: not JSON ({error})") from error
+    text = item.get("text") if isinstance(item, dict) else None
+    if not isinstance(text, str) or not text.strip() or len(line) > MAX_ROW_BYTES:
+        raise ConfigInvalid(f"{where}: `text` must be a non-empty string (below 1 MiB a line)")
+    label = item.get("label")
+    if label not in (0, 1):
+        raise ConfigInvalid(f"{where}: `label` is {label!r}; write 1 for harmful, 0 for harmless")
+    source = str(item.get("source") or stem)
+    group = f"{stem}:{item['group']}" if item.get("group") else text_hash(text)
+    return Row(text, int(label), source, group)
+
+
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """The first row of each text; spelling of case and space does not make a new one."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        seen.setdefault(" ".join(row.text.lower().split()), row)
+    return list(seen.values())
+
+
+def sample(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows, whole groups, the same ones for the same seed."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    groups = _groups(rows, seed)
+    taken: list[Row] = []
+    for group in groups:
+        if len(taken) + len(group) > limit:
+            break
+        taken += group
+    return taken
+
+
+def split(rows: Sequence[Row], shares: dict[Part, float], seed: int) -> dict[Part, list[Row]]:
+    """Rows by part, by group, stratified by source and label. shares: summing to 1"""
+    parts: dict[Part, list[Row]] = {part: [] for part in shares}
+    strata: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        strata.setdefault((row.source, row.label), []).append(row)
+    placed: dict[str, Part] = {}
+    for key in sorted(strata):
+        groups = _groups(strata[key], seed)
+        total, done = sum(map(len, groups)), 0
+        for group in groups:
+            part = placed.get(group[0].group) or _part_at((done + 0.5 * len(group)) / total, shares)
+            placed[group[0].group] = part
+            parts[part] += group
+            done += len(group)
+    return parts
+
+
+def _part_at(position: float, shares: dict[Part, float]) -> Part:
+    edge = 0.0
+    for part, share in shares.items():
+        edge += share
+        if position < edge:
+            return part
+    return part
+
+
+def _groups(rows: Sequence[Row], seed: int) -> list[list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    keys = sorted(groups)
+    random.Random(seed).shuffle(keys)  # noqa: S311 - a reproducible split, not a secret
+    return [groups[key] for key in keys]
+
+
+def balanced(rows: Sequence[Row]) -> list[Row]:
+    """Weights divided by the number of rows with the same key and label: a long file does not drown a short one."""
+    counts = Counter((r.key, r.label) for r in rows)
+    return [replace(r, weight=r.weight / counts[r.key, r.label]) for r in rows]
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
