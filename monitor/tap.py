@@ -28,7 +28,7 @@ def tap_op(hidden: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor)
     tensors keep their addresses, so probes are swapped by copying into `weight`.
     """
     stream = hidden.float() if residual is None else hidden.float() + residual.float()
-    torch.mm(stream, weight, out=out[: stream.shape[0]])
+    torch.mm(stream, weight, out=out.narrow(0, 0, stream.shape[0]))
 
 
 @tap_op.register_fake

@@ -120,14 +120,13 @@ class EmbeddedEngine:
         """Drain, cut what is still active after `timeout_s`, and return when idle."""
         deadline = time.monotonic() + timeout_s
         self.drain()
-        if not self._thread.is_alive():
-            return
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        with self._wake:
-            self._aborted.update(g.request_id for g in self._waiting)
-            self._aborted.update(s.request.id for s in self._active)
-            self._wake.notify()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            with self._wake:
+                self._aborted.update(g.request_id for g in self._waiting)
+                self._aborted.update(s.request.id for s in self._active)
+                self._wake.notify()
+            self._thread.join()
         self._tap.detach()
 
     def prefill(self, prompt: Prompt) -> Scores:
