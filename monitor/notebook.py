@@ -52,9 +52,7 @@ class Watching:
         self._tap.detach()
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise MidstreamError("the model was called without input_ids; embeddings alone can't be watched")
+        ids = _input_ids(args, kwargs)
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
             self._begin(ids, kwargs.get("attention_mask"))
@@ -74,7 +72,7 @@ class Watching:
             self._ended.append(False)
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = _input_ids(args, kwargs)
         batch, length = ids.shape
         rows = self._tap.read(batch * length).reshape(batch, length, -1)
         mask = kwargs.get("attention_mask")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +70,17 @@ def test_an_unsupported_rate_is_refused_and_says_how_many_are_missing(n, alpha, 
 def test_a_rate_beyond_the_tail_is_refused():
     with pytest.raises(ValueError, match="the card keeps 101 values"):
         fit(1000).threshold(0.3)
+
+
+def test_a_huge_count_does_not_hang():
+    """A card is data: whatever it claims of n, the start of a server ends. In a process, so that it can be stopped."""
+    code = (
+        "from probes_store.calibration import Calibration\n"
+        "try: Calibration(n=10**9, tail=(2.0, 1.0), source='x').threshold(0.01)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10, check=True)
+    assert "the card keeps 2 values" in done.stdout
 
 
 @pytest.mark.parametrize("n", [29, 30, 299, 600])

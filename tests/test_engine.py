@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from monitor.aggregate import Aggregation
 from monitor.config import load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.live import LiveProbes
 from monitor.policy import Rule
 from monitor.probe import ProbeBank
-from monitor.aggregate import Aggregation
 from monitor.types import GenerationRequest, Mode, Overloaded, Phase, RequestInvalid, Sampling
 
 from .conftest import Sink, reference_logits
-
 
 
 @pytest.fixture

@@ -272,7 +272,8 @@ class Trainer:
                 "harmless prompts like your traffic with --data (public sets: Dolly, OASST, MT-Bench).[/]"
             )
         out(
-            f"[bold]published[/] {folder}\nit starts in shadow; to use it: midstream serve --mode {self.name}.prompt=flag"
+            f"[bold]published[/] {folder}\n"
+            f"it starts in shadow; to use it: midstream serve --mode {self.name}.prompt=flag"
         )
 
     @contextmanager

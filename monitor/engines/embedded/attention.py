@@ -106,7 +106,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """query: (1, heads, n_tokens, head_dim); key, value with their own number of heads -> (1, n_tokens, heads, head_dim)
+    """query: (1, heads, n_tokens, head_dim), key and value alike -> (1, n_tokens, heads, head_dim)
 
     raises: ModelUnsupported for a model that passes something else of consequence (soft caps, sinks, biases)
     """

@@ -151,6 +151,7 @@ class EmbeddedEngine:
                 Sampler(request.sampling, i, lambda token: spell([token])),
                 AnswerText(self._model.tokenizer, request.sampling.stop),
                 deliver,
+                self._observer.record,
             )
 
     # --- the engine's thread ------------------------------------------------------------------------------------
@@ -191,11 +192,7 @@ class EmbeddedEngine:
 
     def _finish(self, sequence: Generation, reason: FinishReason) -> None:
         rows = np.empty((0, len(self.live.bank)), dtype=np.float32)
-        self._publish(sequence.judge(sequence.cache.length, rows, 0, reason, self.model_name))
-
-    def _publish(self, record: Record | None) -> None:
-        if record is not None:
-            self._observer.record(record)
+        sequence.judge(sequence.cache.length, rows, 0, reason, self.model_name)
 
     def _admit(self) -> None:
         with self._wake:
@@ -262,7 +259,7 @@ class EmbeddedEngine:
             return
         group.prompt_rows.append(rows)
         if logits is None:  # a chunk of the prompt
-            self._publish(sequence.judge(first, rows, 0, None, self.model_name))
+            sequence.judge(first, rows, 0, None, self.model_name)
             if sequence.ended:  # a missing row has ended it already
                 del self._groups[id(sequence)]
                 for twin in group.choices[1:]:
@@ -278,7 +275,7 @@ class EmbeddedEngine:
         self._sample(sequence, first, rows, logits)
 
     def _finish_like(self, twin: Generation, group: Group) -> None:
-        self._publish(twin.judge(0, np.concatenate(group.prompt_rows), 0, None, self.model_name))
+        twin.judge(0, np.concatenate(group.prompt_rows), 0, None, self.model_name)
 
     def _sample(self, sequence: Generation, first: int, rows: Scores, logits: torch.Tensor | None) -> None:
         finish, n_new = sequence.last, 0
@@ -286,7 +283,7 @@ class EmbeddedEngine:
             finish, n_new = sequence.sample(logits, self._model.eos_ids), 1
             if finish is not None and self._settings.score_last:
                 sequence.last, finish = finish, None
-        self._publish(sequence.judge(first, rows, n_new, finish, self.model_name))
+        sequence.judge(first, rows, n_new, finish, self.model_name)
 
     def _die(self, error: BaseException) -> None:
         with self._wake:

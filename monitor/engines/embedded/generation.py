@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from monitor.engines.embedded.attention import KVCache
 from monitor.engines.embedded.sampling import Sampler
@@ -32,13 +32,14 @@ class Generation:
         sampler: Sampler,
         text: AnswerText,
         deliver: Deliver,
+        publish: Callable[[Record], None],
     ) -> None:
         self.request, self.index, self.prompt = request, index, prompt
         self.watch, self.sampler, self.text = watch, sampler, text
         self.tokens: list[int] = list(prompt.token_ids)
         self.cache = KVCache(self.reserved)
         self.last: FinishReason | None = None  # ended, but its last token is still to be scored (`score_last`)
-        self._deliver = deliver
+        self._deliver, self._publish = deliver, publish
         self._logprobs: list[TokenLogprob | None] = []
         self._sent = 0
         self._announced = False
@@ -65,23 +66,23 @@ class Generation:
             return "stop"
         return "length" if len(self._logprobs) >= self.request.sampling.max_tokens else None
 
-    def judge(self, first: int, rows: Scores, n_new: int, finish: FinishReason | None, model: str) -> Record | None:
-        """Hand a step to the Watch and what it releases to the client; the Record once the sequence has ended."""
+    def judge(self, first: int, rows: Scores, n_new: int, finish: FinishReason | None, model: str) -> None:
+        """Hand a step to the Watch, and what it releases to the client: the Record first, then the last text."""
         judged = self.watch.advance(first, rows, n_new, finish)
         if not self.watch.prompt_judged and judged.finish is None:
-            return None
+            return
         text = self.text.release(judged.released, final=judged.finish is not None)
         tokens = self._logprobs[self._sent : judged.released]
         n_tokens, self._sent = judged.released - self._sent, judged.released
         record = None
         if judged.finish is not None:
             record = self.watch.record(self.request.id, self.index, model, self.request.route)
+            self._publish(record)
             self.cache = KVCache(0)  # its memory goes now, not when the client lets go of the request
         if record is not None or text or n_tokens or not self._announced:
             self._announced = True
             logprobs = tuple(t for t in tokens if t is not None)
             self._deliver(Delta(self.index, text, logprobs, n_tokens, judged.finish, record))
-        return record
 
 
 class Group:
