@@ -96,6 +96,13 @@ class Watching:
         self._watches, self._rows, self._ended = [], [], []
 
 
+def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    ids: torch.Tensor | None = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise MidstreamError("the model was called without input_ids; embeddings alone can't be watched")
+    return ids
+
+
 @contextmanager
 def watch(
     model: Any, tokenizer: Any, store: Path | None = None, settings: Settings | None = None

@@ -19,7 +19,7 @@ class _Part(BaseModel):
 
 
 class ModelId(_Part):
-    """fingerprint: hub revision, hash of the source file, or hash of the local files: `engines.embedded.model` tells which"""
+    """fingerprint: hub commit, hash of the source file, or hash of the local files, as its prefix says"""
 
     name: str = Field(min_length=1)
     fingerprint: str = Field(min_length=8)

@@ -40,7 +40,8 @@ from probes_store.store import Store
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LAYER = 2
@@ -65,9 +66,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=None, initializer_range=0.06,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.06,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -89,16 +98,27 @@ def make_card(model: LoadedModel, probe: ProbeWeights, **changes: Any) -> Card:
     """A card that fits; `changes` make it lie."""
     text = "a canary"
     prompt = model.template.encode([{"role": "user", "content": text}])
-    (_, streams), = residual_streams(model, [prompt], sorted(probe.weight))
+    ((_, streams),) = residual_streams(model, [prompt], sorted(probe.weight))
     scores = score_streams(ProbeBank([probe], model.d_model), streams)[counted(prompt), 0]
     fields: dict[str, Any] = {
-        "name": probe.name, "version": "v1", "created": "2026-01-01T00:00:00+00:00", "code_version": "0",
-        "model": ModelId(name=model.name, fingerprint=model.fingerprint, dtype=model.dtype, quantization="none",
-                         n_layers=model.n_layers),
-        "layers": tuple(sorted(probe.weight)), "d_model": model.d_model, "template_hash": model.template.hash,
+        "name": probe.name,
+        "version": "v1",
+        "created": "2026-01-01T00:00:00+00:00",
+        "code_version": "0",
+        "model": ModelId(
+            name=model.name,
+            fingerprint=model.fingerprint,
+            dtype=model.dtype,
+            quantization="none",
+            n_layers=model.n_layers,
+        ),
+        "layers": tuple(sorted(probe.weight)),
+        "d_model": model.d_model,
+        "template_hash": model.template.hash,
         "position_rule": POSITION_RULE,
         "aggregation": {"prompt": Aggregation("max"), "response": Aggregation("max")},
-        "canaries": (Canary(text=text, scores=tuple(float(s) for s in scores)),), "sha256": "0" * 64,
+        "canaries": (Canary(text=text, scores=tuple(float(s) for s in scores)),),
+        "sha256": "0" * 64,
     }
     return Card(**(fields | changes))
 

@@ -67,7 +67,13 @@ def test_scores_alone_and_among_eight_that_join_and_leave(tiny, random_probe, en
     for i in range(24):
         prompt = chat(tiny, f"question {i} " + "very " * (i % 7) * 3)
         # logprobs=0 gives the sampled ids back
-        waiting.append((str(i), prompt, ask(engine, prompt, str(i), max_tokens=3 + (i * 5) % 29, logprobs=0, seed=i, temperature=1.0)))
+        waiting.append(
+            (
+                str(i),
+                prompt,
+                ask(engine, prompt, str(i), max_tokens=3 + (i * 5) % 29, logprobs=0, seed=i, temperature=1.0),
+            )
+        )
         if i % 8 == 7:
             for name, prompt, deltas in waiting:
                 tokens, finish = [], None
@@ -139,8 +145,14 @@ def test_choices_share_a_prefill_and_have_their_own_scores(tiny, random_probe, e
 def test_an_abort_stops_computing(tiny, engine_of):
     engine, sink, _ = engine_of()
     first = threading.Event()
-    ask(engine, chat(tiny, "long"), "gone", max_tokens=900, logit_bias={tiny.tokenizer.eos_token_id: -100},
-        deliver=lambda delta: first.set())
+    ask(
+        engine,
+        chat(tiny, "long"),
+        "gone",
+        max_tokens=900,
+        logit_bias={tiny.tokenizer.eos_token_id: -100},
+        deliver=lambda delta: first.set(),
+    )
     assert first.wait(60)
     engine.abort("gone")
     record = sink.wait(1)[0]
@@ -232,5 +244,3 @@ def test_a_tap_that_is_removed_makes_every_request_unmonitored(tiny, engine_of):
     texts, finishes, tokens = answer(ask(engine, chat(tiny, "b"), "b"))
     assert (texts, finishes, tokens) == ([""], ["unmonitored"], [0])
     assert sink.wait(2)[1].coverage.unmonitored > 0
-
-

@@ -80,13 +80,23 @@ def star_probe(quiet):
 @pytest.fixture
 def server(quiet, star_probe, serve):
     probe, threshold = star_probe
-    return serve(quiet, [(probe, {"calibration": calibrated(threshold)})],
-                 modes={"star": {"prompt": "block", "response": "block"}})
+    return serve(
+        quiet,
+        [(probe, {"calibration": calibrated(threshold)})],
+        modes={"star": {"prompt": "block", "response": "block"}},
+    )
 
 
 def send(server, route, p, stream, n, after=None, **more):
-    body = {"model": server.model.name, "n": n, "temperature": 0, "max_tokens": 40, "stream": stream,
-            "frequency_penalty": 2, "logit_bias": bias(server.model, p, after)} | more
+    body = {
+        "model": server.model.name,
+        "n": n,
+        "temperature": 0,
+        "max_tokens": 40,
+        "stream": stream,
+        "frequency_penalty": 2,
+        "logit_bias": bias(server.model, p, after),
+    } | more
     if route == "chat":
         body |= {"messages": [{"role": "user", "content": "go"}], "logprobs": True}
     else:
@@ -100,7 +110,11 @@ def send(server, route, p, stream, n, after=None, **more):
 
 def parse(raw, stream, n):
     """Per choice: all text, all finish reasons, number of logprobs; and the usage if there is one."""
-    bodies = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: {")] if stream else [json.loads(raw)]
+    bodies = (
+        [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: {")]
+        if stream
+        else [json.loads(raw)]
+    )
     texts, finishes, logprobs = [""] * n, [[] for _ in range(n)], [0] * n
     for body in bodies:
         for choice in body["choices"]:
@@ -136,7 +150,11 @@ def check(server, route, p, stream, n, after=None, **more):
 def test_no_character_of_the_trigger_at_any_position(server, ending, stream, n):
     """32 positions x streaming or not x n in {1, 3} x what the very next token is, in the step that judges t*."""
     more = {"stop": ["!"]} if ending == "stop string" else {}
-    after = {"runs on": None, "stop string": token(server.model, STOP), "end token": server.model.tokenizer.eos_token_id}
+    after = {
+        "runs on": None,
+        "stop string": token(server.model, STOP),
+        "end token": server.model.tokenizer.eos_token_id,
+    }
     for p in range(1, 33):
         check(server, "chat", p, stream, n, after[ending], **more)
     assert server.engine.describe() == {"engine": "embedded", "active": 0, "waiting": 0}
@@ -149,7 +167,7 @@ def test_completions_leak_nothing_either(server, stream):
 
 
 def test_a_stop_string_begun_by_the_text_before_the_trigger(server):
-    """"a*" is a stop string: its "a" is held by the text, the "*" by the Watch; neither hides the other."""
+    """ "a*" is a stop string: its "a" is held by the text, the "*" by the Watch; neither hides the other."""
     raw, _ = send(server, "chat", 5, True, 1, stop=["a*"])
     texts, finishes, _, _ = parse(raw, True, 1)
     assert finishes == [["content_filter"]] or finishes == [["stop"]]

@@ -1,5 +1,6 @@
 """Store (T23): a damaged, forged or misplaced probe never loads, and never raises anything but our errors."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -96,6 +97,19 @@ def mutate(data, rng):
     return bytes(out)
 
 
+@contextlib.contextmanager
+def overwriting(path):
+    """write(data) in place: truncating to 0 first, as write_bytes does, makes a real disk flush each time (3 ms)."""
+    with path.open("r+b", buffering=0) as file:
+
+        def write(data):
+            file.seek(0)
+            file.write(data)
+            file.truncate()
+
+        yield write
+
+
 def refusal(folder):
     """None if the probe was accepted, else the type of what was raised."""
     try:
@@ -120,29 +134,32 @@ def sound(probe):
 # --- T23: mutated files ---------------------------------------------------------------------------------------------
 
 
-def test_20000_mutated_files_are_refused(folder):
+def test_20000_mutated_files_are_refused(store):
+    folder = store.publish(make_card(calibration={}), weights(), 0.25)
     rng, path = random.Random(23), folder / "probe.safetensors"
     original = path.read_bytes()
     seen = Counter()
-    for _ in range(20_000):
-        path.write_bytes(mutate(original, rng))
-        seen[refusal(folder)] += 1
-    assert seen == {"ProbeInvalid": 20_000}
-    path.write_bytes(original)
+    with overwriting(path) as write:
+        for _ in range(20_000):
+            write(mutate(original, rng))
+            seen[refusal(folder)] += 1
+        assert seen == {"ProbeInvalid": 20_000}
+        write(original)
     assert refusal(folder) is None
 
 
-def test_mutated_files_that_the_card_vouches_for(folder):
-    rng = random.Random(24)
-    original = (folder / "probe.safetensors").read_bytes()
-    card = (folder / "card.json").read_text()
-    digest = json.loads(card)["sha256"]
+def test_mutated_files_that_the_card_vouches_for(store):
+    folder = store.publish(make_card(calibration={}), weights(), 0.25)
+    rng, path, card_path = random.Random(24), folder / "probe.safetensors", folder / "card.json"
+    original, card = path.read_bytes(), card_path.read_bytes()
+    digest = hashlib.sha256(original).hexdigest().encode()
     seen = Counter()
-    for _ in range(4_000):
-        data = mutate(original, rng)
-        (folder / "probe.safetensors").write_bytes(data)
-        (folder / "card.json").write_text(card.replace(digest, hashlib.sha256(data).hexdigest()))
-        seen[refusal(folder)] += 1
+    with overwriting(path) as write, overwriting(card_path) as write_card:
+        for _ in range(4_000):
+            data = mutate(original, rng)
+            write(data)
+            write_card(card.replace(digest, hashlib.sha256(data).hexdigest().encode()))
+            seen[refusal(folder)] += 1
     assert set(seen) == {None, "ProbeInvalid"}
     assert min(seen.values()) > 100  # the parser was reached, and it refused
 
@@ -241,30 +258,31 @@ def test_2000_mutated_cards(folder):
     rng, path = random.Random(25), folder / "card.json"
     original = path.read_bytes()
     seen = Counter()
-    for i in range(2_000):
-        path.write_bytes(mutate(original, rng) if i % 2 else mutate_tree(original, rng))
-        seen[refusal(folder)] += 1
+    with overwriting(path) as write:
+        for i in range(2_000):
+            write(mutate(original, rng) if i % 2 else mutate_tree(original, rng))
+            seen[refusal(folder)] += 1
     assert set(seen) == {None, "ProbeInvalid"}
     assert min(seen.values()) > 100
 
 
 def test_a_mutated_card_that_loads_never_breaks_the_start(store, folder):
     """What a server does next with an accepted card: stack it and resolve its rules."""
-    rng, path = random.Random(26), folder / "card.json"
+    rng, path, chosen = random.Random(26), folder / "card.json", load_settings(store=store.overlay)
     original = path.read_bytes()
     seen = Counter()
-    for _ in range(1_000):
-        changed = mutate_tree(original, rng)
-        path.write_bytes(changed)
-        try:
-            probe = store.load(MODEL, "demo", "v1")
-            assemble([probe], probe.card.d_model, load_settings(store=store.overlay))
-        except MidstreamError:
-            seen["refused"] += 1
-        except Exception as error:
-            seen[repr(error)] += 1
-        else:
-            seen["served"] += 1
+    with overwriting(path) as write:
+        for _ in range(1_000):
+            write(mutate_tree(original, rng))
+            try:
+                probe = store.load(MODEL, "demo", "v1")
+                assemble([probe], probe.card.d_model, chosen)
+            except MidstreamError:
+                seen["refused"] += 1
+            except Exception as error:
+                seen[repr(error)] += 1
+            else:
+                seen["served"] += 1
     assert set(seen) == {"refused", "served"}
 
 
@@ -379,7 +397,7 @@ def test_a_model_name_makes_one_plain_folder_name(name):
     assert not set(slug) - set("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
-@pytest.mark.parametrize("name", ["org/_private", "_", "m" * 200, "../../Evil", "/abs/Model/", "Ünï", "..", "a b"])
+@pytest.mark.parametrize("name", ["org/_x", "_", "m" * 200, "../../Evil", "/a/B/", "Ünï", "..", "a b"])
 def test_whatever_is_published_can_be_loaded(store, name):
     model = ModelId(name=name, fingerprint="f" * 16, dtype="float32", quantization="none", n_layers=4)
     folder = store.publish(make_card(model=model), weights(), 0.0)

@@ -36,7 +36,9 @@ def test_linear_probe_is_a_linear_layer_and_a_sigmoid():
     hidden = torch.randn(2, 5, 8, dtype=torch.float16)
     assert probe.linear.weight.shape == (1, 8)
     assert probe.logits(hidden).dtype == torch.float32
-    torch.testing.assert_close(probe(hidden), torch.sigmoid(hidden.float() @ probe.linear.weight[0] + probe.linear.bias))
+    torch.testing.assert_close(
+        probe(hidden), torch.sigmoid(hidden.float() @ probe.linear.weight[0] + probe.linear.bias)
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
@@ -105,7 +107,10 @@ def test_bias_counts_once(bank):
 
 
 def test_the_op_adds_the_residual_in_float32():
-    hidden, residual = torch.full((2, 4), 60000.0, dtype=torch.float16), torch.full((2, 4), 60000.0, dtype=torch.float16)
+    hidden, residual = (
+        torch.full((2, 4), 60000.0, dtype=torch.float16),
+        torch.full((2, 4), 60000.0, dtype=torch.float16),
+    )
     out = torch.empty(3, 1)
     tap_op(hidden, residual, torch.ones(4, 1), out)
     assert out[:2, 0].tolist() == [480000.0, 480000.0]  # float16 would be inf

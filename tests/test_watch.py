@@ -182,7 +182,12 @@ def test_t2_every_position_is_counted_once(data):
     while fed < n_prompt:
         end = min(n_prompt, fed + data.draw(st.integers(1, 200)))
         replay = data.draw(st.integers(0, min(fed, 3)))
-        judged = send(fed - replay, end, 1 if end == n_prompt else 0, "length" if end == n_prompt and n_answer == 1 and not score_last else None)
+        judged = send(
+            fed - replay,
+            end,
+            1 if end == n_prompt else 0,
+            "length" if end == n_prompt and n_answer == 1 and not score_last else None,
+        )
         fed = end
     for i in range(1, n_answer + score_last):
         if judged.finish:

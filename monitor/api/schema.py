@@ -108,5 +108,5 @@ class CompletionRequest(Generate):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [cast("list[int]", self.prompt)]
+            return [self.prompt]
         return cast("list[str | list[int]]", list(self.prompt))

@@ -92,7 +92,7 @@ class EmbeddedEngine:
             if self._stopping or self._error is not None:
                 raise Overloaded("the server is shutting down; try again later")
             room = self._settings.max_queue + self._settings.max_sequences - len(self._active)
-            if len(self._waiting) + len(groups) > max(room, 1):
+            if len(self._waiting) + len(groups) > room:
                 raise Overloaded(f"{len(self._waiting)} prompts are waiting already; try again later")
             self._waiting.extend(groups)
             self._wake.notify()
