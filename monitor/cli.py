@@ -230,3 +230,7 @@ def main() -> None:
     except MidstreamError as error:
         print(f"midstream: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

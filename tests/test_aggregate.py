@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from monitor.aggregate import KINDS, Aggregation, Running, aggregate, fold
@@ -71,7 +71,7 @@ def test_no_score_is_not_a_value(kind):
     assert Running(Aggregation(kind), 0).value is None
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(HOW, SCORES, st.integers(0, 1000), st.data())
 def test_replayed_positions_change_nothing(how, scores, start, data):
     running, seen, position = Running(how, start), [], start

@@ -73,7 +73,7 @@ def test_an_unknown_key_in_yaml_is_named(monkeypatch, yaml, key, by_variable):
     path = yaml(f"{key}: 1")
     if by_variable:
         monkeypatch.setenv("MIDSTREAM_CONFIG", str(path))
-    with pytest.raises(ConfigInvalid, match=f"{key}"):
+    with pytest.raises(ConfigInvalid, match=key):
         load_settings(None if by_variable else path)
 
 

@@ -297,7 +297,6 @@ def test_a_mutated_card_that_loads_never_breaks_the_start(store, folder):
         {"canary_tolerance": math.nan},
         {"canary_tolerance": 0},
         {"canaries": []},
-        {"canaries": [{"text": "x", "scores": [math.nan]}]},
         {"canaries": [{"text": "x", "scores": []}]},
         {"calibration": {"chat": {"prompt": {"n": 300, "tail": [1.0, math.nan], "source": "x"}}}},
         {"calibration": {"chat": {"history": {"n": 300, "tail": [1.0], "source": "x"}}}},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from monitor import __version__
 from monitor.config import Settings
@@ -25,10 +22,11 @@ from monitor.types import ConfigInvalid, Format, Phase, Prompt
 from probes_store.calibration import Calibration, rows_needed
 from probes_store.card import Canary, Card, ModelId, Threshold
 from probes_store.store import Store
-from training.data import Part, Row, read_jsonl
+from training.data import Row, read_jsonl
 from training.evaluate import Array, rate, separation
 from training.fit import Fitted, fit_logistic, fit_torch
 from training.floor import tfidf_scores
+from training.progress import progress, ticks
 from training.recipe import Recipe, default_recipe, gather, read_recipe
 
 TARGETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05)
@@ -86,7 +84,7 @@ class Trainer:
         """(n, d_model): each text's newest turn, averaged over its counted positions."""
         prompts = self.prompts([r.text for r in rows])
         out = np.zeros((len(prompts), self.model.d_model))
-        with self._progress(f"activations at layer {self.layer}", len(prompts)) as tick:
+        with progress(self.console, f"activations at layer {self.layer}", len(prompts)) as tick:
             for index, streams in residual_streams(self.model, prompts, [self.layer], tick):
                 turn = prompts[index].turns[-1]
                 out[index] = streams[self.layer][turn.start : turn.end].mean(0).double().numpy()
@@ -101,8 +99,8 @@ class Trainer:
         if recipe.solver in ("best", "logistic"):
             candidates.append(fit_logistic(x, y, weights, recipe.c))
         if recipe.solver in ("best", "adam"):
-            with self._progress("LinearProbe, epochs", recipe.epochs) as tick:
-                candidates.append(fit_torch(x, y, weights, recipe.epochs, _ticks(recipe.epochs, tick), recipe.seed))
+            with progress(self.console, "LinearProbe, epochs", recipe.epochs) as tick:
+                candidates.append(fit_torch(x, y, weights, recipe.epochs, ticks(recipe.epochs, tick), recipe.seed))
         y_test = np.array([r.label for r in test])
         if len(set(y_test.tolist())) < 2:
             return candidates[0], {"held_out": {}}
@@ -117,7 +115,7 @@ class Trainer:
 
     def _values(self, probe: ProbeWeights, texts: Sequence[str], form: Format, label: str) -> list[float]:
         prompts = self.prompts(texts, form)
-        with self._progress(label, len(prompts)) as tick:
+        with progress(self.console, label, len(prompts)) as tick:
             return prompt_values(self.model, probe, self.aggregation, prompts, tick)
 
     def _calibrate(self, probe: ProbeWeights) -> dict[Format, dict[Phase, Calibration]]:
@@ -134,7 +132,7 @@ class Trainer:
             # Raw text has no answer in the sense of a dialogue; without a calibration a probe can only shadow it.
             if self.recipe.answers and form == "chat":
                 prompts = self.prompts(usable[: self.recipe.answers], form)
-                with self._progress(f"calibrating answers ({form})", len(prompts)) as tick:
+                with progress(self.console, f"calibrating answers ({form})", len(prompts)) as tick:
                     values = answer_values(
                         self.model,
                         probe,
@@ -276,32 +274,6 @@ class Trainer:
             f"it starts in shadow; to use it: midstream serve --mode {self.name}.prompt=flag"
         )
 
-    @contextmanager
-    def _progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        began, done = time.monotonic(), 0
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(label, total=total, rate="")
-
-            def tick(n: int) -> None:
-                nonlocal done
-                done += n
-                progress.update(task, advance=n, rate=f"{done / (time.monotonic() - began):.0f}/s")
-
-            yield tick
-
-
-def _ticks(epochs: int, tick: Callable[[int], None]) -> Iterator[int]:
-    for epoch in range(epochs):
-        yield epoch
-        tick(1)
-
 
 def train(
     settings: Settings,
@@ -318,6 +290,3 @@ def train(
     if len(files) > 1 or (files and not files[0].is_dir()):
         raise ConfigInvalid("with --recipe, --data names the one folder that the recipe's files lie in")
     return Trainer(settings, read_recipe(recipe), name, files[0] if files else Path()).run()
-
-
-__all__ = ["Part", "Trainer", "train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from types import FrameType
@@ -99,47 +100,46 @@ def load(settings: Settings) -> tuple[LoadedModel, LiveProbes]:
 
 def serve(settings: Settings) -> int:
     """Run until a signal; returns the exit code. raises: MidstreamError before anything is served"""
-    console = Console(stderr=True)
-    listener = open_socket(settings.host, settings.port)
-    with console.status(f"loading {settings.model} …"):
-        model, live = load(settings)
-    metrics = Metrics()
-    sinks = Sinks(settings, metrics)
-    failed = threading.Event()
-    server: list[Server] = []
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(open_socket(settings.host, settings.port))
+        console = Console(stderr=True)
+        with console.status(f"loading {settings.model} …"):
+            model, live = load(settings)
+        metrics = Metrics()
+        sinks = Sinks(settings, metrics)
+        stack.callback(sinks.close)
+        failed = threading.Event()
+        server: list[Server] = []
 
-    def died(error: BaseException) -> None:
-        failed.set()
-        console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
-        server[0].should_exit = True
+        def died(error: BaseException) -> None:
+            failed.set()
+            console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
+            server[0].should_exit = True
 
-    engine = EmbeddedEngine(model, live, settings, sinks, died)
-    off = live.check_canaries(model.template, engine.prefill)
-    rules = {form: live.rules[form] for form in live.rules}
+        engine = EmbeddedEngine(model, live, settings, sinks, died)
+        stack.callback(engine.stop, 0.0)
+        off = live.check_canaries(model.template, engine.prefill)
+        _announce(metrics, live, engine, sinks)
+        names = frozenset({settings.model, model.name, model_slug(model.name)})
+        vocabulary = model.module.config.get_text_config().vocab_size
+        app = create_app(Service(engine, model.template, settings, names, vocabulary), metrics, engine.readiness)
+        bound_s = max(1, round(settings.shutdown_timeout_s))
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=bound_s)
+        server.append(Server(config, engine))
+        engine.start()
+        console.print(_summary(model, live, off))
+        host, port = listener.getsockname()[:2]
+        console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
+        server[0].run(sockets=[listener])
+        return EXIT_ENGINE_DIED if failed.is_set() else 0
+
+
+def _announce(metrics: Metrics, live: LiveProbes, engine: EmbeddedEngine, sinks: Sinks) -> None:
     cards = [p.card for p in live.probes]
-    metrics.probes([(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards], rules)
+    metrics.probes([(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards], live.rules)
     metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
     metrics.gauge("active_sequences", "Sequences in a step.", lambda: engine.describe()["active"])
     metrics.gauge("record_queue_depth", "Records not yet written.", lambda: sinks.traffic.depth)
-    names = frozenset({settings.model, model.name, model_slug(model.name)})
-    service = Service(engine, model.template, settings, names, model.module.config.get_text_config().vocab_size)
-    config = uvicorn.Config(
-        create_app(service, metrics, engine.readiness),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
-    )
-    server.append(Server(config, engine))
-    engine.start()
-    console.print(_summary(model, live, off))
-    host, port = listener.getsockname()[:2]
-    console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
-    try:
-        server[0].run(sockets=[listener])
-    finally:
-        engine.stop(0.0)
-        sinks.close()
-    return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
 def _summary(model: LoadedModel, live: LiveProbes, off: float) -> Table:

