@@ -83,18 +83,17 @@ class _EmaMax:
 
 
 class _WindowMeanMax:
-    __slots__ = ("scores", "total", "value")
+    __slots__ = ("scores", "value")
 
     def __init__(self, window: int) -> None:
         self.scores: deque[float] = deque(maxlen=window)
-        self.total, self.value = 0.0, -math.inf
+        self.value = -math.inf
 
     def __call__(self, score: float) -> float:
         scores = self.scores
         full = len(scores) == scores.maxlen
-        self.total += score - (scores[0] if full else 0.0)
         scores.append(score)
-        mean = self.total / len(scores)
+        mean = math.fsum(scores) / len(scores)  # a running sum would keep the rounding of one huge score for ever
         # Fewer tokens than the window: one mean of them all. A maximum over growing prefixes would be the
         # maximum of single tokens at the start.
         self.value = max(self.value, mean) if full else mean

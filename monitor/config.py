@@ -92,7 +92,7 @@ def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
     raises: ConfigInvalid, naming the key, its value and what is wanted
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | {PREFIX + "CONFIG"}
-    unknown = sorted(k for k in os.environ if k.startswith(PREFIX) and k not in known)
+    unknown = sorted(k for k in os.environ if k.upper().startswith(PREFIX) and k not in known)
     if unknown:
         raise ConfigInvalid(f"environment variable {unknown[0]} is not a setting; unset it or correct its name")
     path = file or (Path(os.environ[PREFIX + "CONFIG"]) if PREFIX + "CONFIG" in os.environ else None)
@@ -113,12 +113,15 @@ def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigInvalid(f"settings file {str(path)!r} can't be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"settings file {str(path)!r} can't be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigInvalid(f"settings file {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigInvalid(f"settings file {str(path)!r} must hold keys and values, like `port: 8000`")
+    strange = [k for k in data if k not in Settings.model_fields]
+    if strange:
+        raise ConfigInvalid(f"settings file {str(path)!r}: {strange[0]!r} is not a setting; remove it or correct it")
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import queue
 import sys
@@ -53,6 +54,16 @@ def print_line(event: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would be followed by a GET without the notice, and count as sent."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class Webhook:
     """POSTs notices from one thread behind a bounded queue; each is tried `attempts` times, waits doubling.
 
@@ -91,9 +102,9 @@ class Webhook:
         )
         for attempt in range(self._attempts):
             try:
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_S):  # noqa: S310
+                with _OPENER.open(request, timeout=_TIMEOUT_S):
                     return True
-            except OSError as error:  # HTTPError is one, too
+            except (OSError, http.client.HTTPException, ValueError) as error:  # HTTPError is an OSError
                 code = getattr(error, "code", 503)
                 if code < 500 and code != 429:
                     return False  # the receiver says no; saying it again won't help

@@ -94,9 +94,11 @@ def find_records(path: Path, request_id: str) -> list[dict[str, Any]]:
     """The records of one request, by choice. raises: ConfigInvalid if there is no such log"""
     if not path.exists():
         raise ConfigInvalid(f"there are no records at {str(path)!r}; set MIDSTREAM_RECORDS to the server's file")
-    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    database = sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)
     try:
         rows = database.execute("SELECT body FROM records WHERE request_id = ? ORDER BY choice", (request_id,))
         return [json.loads(body) for (body,) in rows]
+    except sqlite3.Error as error:
+        raise ConfigInvalid(f"{str(path)!r} is not a log of records ({error}); set MIDSTREAM_RECORDS") from error
     finally:
         database.close()

@@ -25,12 +25,22 @@ def binomial_cdf(j: int, n: int, p: float) -> float:
     return min(1.0, math.fsum(math.exp(t) for t in terms))
 
 
-def allowed_exceedances(n: int, alpha: float, delta: float = DELTA) -> int | None:
-    """The largest j with P(Bin(n, alpha) <= j) <= delta; None if even j = 0 is too many (n is too small)."""
-    j = -1
-    while j + 1 < n and binomial_cdf(j + 1, n, alpha) <= delta:
+def allowed_exceedances(n: int, alpha: float, delta: float = DELTA, at_most: int | None = None) -> int | None:
+    """The largest j with P(Bin(n, alpha) <= j) <= delta; None if even j = 0 is too many (n is too small).
+
+    at_most: stop there; a caller that can't use a larger j need not wait for it
+    """
+    total = math.exp(n * math.log1p(-alpha))  # P(X = 0), then term by term
+    j, term = 0, n * math.log1p(-alpha)
+    if total > delta:
+        return None
+    while j + 1 < n and (at_most is None or j < at_most):
+        term += math.log((n - j) / (j + 1)) + math.log(alpha) - math.log1p(-alpha)
+        total += math.exp(term)
+        if total > delta:
+            break
         j += 1
-    return None if j < 0 else j
+    return j
 
 
 def rows_needed(alpha: float, delta: float = DELTA) -> int:
@@ -46,7 +56,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n: int = Field(ge=1)
+    n: int = Field(ge=1, le=10**9)
     tail: tuple[float, ...] = Field(min_length=1)
     source: str
     """What the benign requests were, in words."""
@@ -64,6 +74,8 @@ class Calibration(BaseModel):
     @classmethod
     def fit(cls, benign: Sequence[float], source: str, max_alpha: float = 0.1) -> Calibration:
         """benign: one finite value per benign request."""
+        if not all(math.isfinite(v) for v in benign):
+            raise ValueError("a benign value is not finite; leave requests without a value out, and say so")
         keep = max(1, math.ceil(max_alpha * len(benign)) + 1)
         return cls(n=len(benign), tail=tuple(sorted(benign, reverse=True)[:keep]), source=source)
 
@@ -72,7 +84,7 @@ class Calibration(BaseModel):
 
         raises: ValueError, saying how many more benign rows are needed, or that alpha is beyond the tail
         """
-        j = allowed_exceedances(self.n, alpha, delta)
+        j = allowed_exceedances(self.n, alpha, delta, at_most=len(self.tail))
         if j is None:
             needed = rows_needed(alpha, delta)
             raise ValueError(

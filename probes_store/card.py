@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from monitor.aggregate import Aggregation
 from probes_store.calibration import Calibration
@@ -75,7 +75,13 @@ class Card(_Part):
     fit: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     canaries: tuple[Canary, ...] = Field(min_length=1)
-    canary_tolerance: float = Field(default=0.02, gt=0)
+    canary_tolerance: float = Field(default=0.02, gt=0, le=10, allow_inf_nan=False)
     """Largest difference of a canary's logit; wide enough for another CPU's float32, not for another model."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of probe.safetensors."""
+
+    @model_validator(mode="after")
+    def _both_phases(self) -> Card:
+        if set(self.aggregation) != {"prompt", "response"}:
+            raise ValueError("aggregation must say how `prompt` and `response` are aggregated")
+        return self

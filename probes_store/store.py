@@ -45,7 +45,7 @@ class StoredProbe:
 
 def model_slug(name: str) -> str:
     """The folder of a model: the last part of its name, lower case."""
-    slug = re.sub(r"[^a-z0-9._-]+", "-", Path(name.rstrip("/")).name.lower()).strip("-.")
+    slug = re.sub(r"[^a-z0-9._-]+", "-", Path(name.rstrip("/")).name.lower()).strip("-._")[:128]
     return slug or "model"
 
 
@@ -96,7 +96,7 @@ class Store:
             return {}
         try:
             data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigInvalid(f"{path} can't be read ({error}); write it again or remove it") from error
         if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
             raise ConfigInvalid(f'{path} must be a JSON object like {{"model/probe": "v1"}}')
@@ -161,8 +161,9 @@ def read_folder(folder: Path, shipped: bool) -> StoredProbe:
         )
     try:
         tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ProbeInvalid(f"{folder / 'probe.safetensors'} is not a safetensors file: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]  # torch appends a trace of its own
+        raise ProbeInvalid(f"{folder / 'probe.safetensors'} is not a safetensors file: {reason}") from error
     wanted = {f"weight.{layer}": (1, card.d_model) for layer in card.layers} | {"bias": (1,)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if shapes != wanted:

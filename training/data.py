@@ -56,16 +56,18 @@ def read_jsonl(path: Path) -> tuple[list[Row], DataFile]:
 def _row(line: bytes, where: str, stem: str) -> Row:
     try:
         item = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigInvalid(f"{where}: not JSON ({error})") from error
     text = item.get("text") if isinstance(item, dict) else None
     if not isinstance(text, str) or not text.strip() or len(line) > MAX_ROW_BYTES:
         raise ConfigInvalid(f"{where}: `text` must be a non-empty string (below 1 MiB a line)")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ConfigInvalid(f"{where}: `text` holds half a surrogate pair; write it as UTF-8")
     label = item.get("label")
     if label not in (0, 1):
         raise ConfigInvalid(f"{where}: `label` is {label!r}; write 1 for harmful, 0 for harmless")
     source = str(item.get("source") or stem)
-    group = f"{stem}:{item['group']}" if item.get("group") else text_hash(text)
+    group = f"{stem}:{item['group']}" if item.get("group") not in (None, "") else text_hash(text)
     return Row(text, int(label), source, group)
 
 
@@ -73,8 +75,12 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     """The first row of each text; spelling of case and space does not make a new one."""
     seen: dict[str, Row] = {}
     for row in rows:
-        seen.setdefault(" ".join(row.text.lower().split()), row)
+        seen.setdefault(same_text(row.text), row)
     return list(seen.values())
+
+
+def same_text(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def sample(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
@@ -90,13 +96,18 @@ def sample(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
     return taken
 
 
-def split(rows: Sequence[Row], shares: dict[Part, float], seed: int) -> dict[Part, list[Row]]:
-    """Rows by part, by group, stratified by source and label. shares: summing to 1"""
+def split(
+    rows: Sequence[Row], shares: dict[Part, float], seed: int, placed: dict[str, Part] | None = None
+) -> dict[Part, list[Row]]:
+    """Rows by part, by group, stratified by source and label.
+
+    shares: summing to 1; placed: groups that have their part already, and in the end all of these
+    """
+    placed = {} if placed is None else placed
     parts: dict[Part, list[Row]] = {part: [] for part in shares}
     strata: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         strata.setdefault((row.source, row.label), []).append(row)
-    placed: dict[str, Part] = {}
     for key in sorted(strata):
         groups = _groups(strata[key], seed)
         total, done = sum(map(len, groups)), 0

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from monitor.aggregate import Aggregation
 from monitor.types import ConfigInvalid
 from probes_store.card import DataFile
-from training.data import PAIRS, Part, Row, balanced, read_jsonl, sample, split, text_hash, unique
+from training.data import PAIRS, Part, Row, balanced, read_jsonl, same_text, sample, split, text_hash, unique
 
 
 class _Part(BaseModel):
@@ -33,6 +33,12 @@ class Source(_Part):
     """Balance the rows' own `source` fields against each other, instead of the file as one."""
     calibrate: float = Field(0.25, ge=0, lt=1)
     test: float = Field(0.15, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_to_fit(self) -> Source:
+        if self.calibrate + self.test > 1:
+            raise ValueError(f"calibrate {self.calibrate} + test {self.test} must be at most 1")
+        return self
 
 
 class Recipe(_Part):
@@ -61,8 +67,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text())
         return Recipe.model_validate(data)
-    except OSError as error:
-        raise ConfigInvalid(f"recipe {str(path)!r} can't be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"recipe {str(path)!r} can't be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigInvalid(f"recipe {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
@@ -85,12 +91,13 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     parts: dict[Part, list[Row]] = {"fit": [], "calibrate": [], "test": []}
     files: dict[str, DataFile] = {}
     seen: list[Row] = []
+    placed: dict[str, Part] = {}
     for source in recipe.sources:
         path = PAIRS if str(source.file) == "pairs" else folder / source.file
         rows, described = read_jsonl(path)
         files[described.file] = described
-        known = {r.text for r in seen}
-        rows = [r for r in unique(rows) if r.text not in known and source.label in (None, r.label)]
+        known = {same_text(r.text) for r in seen}
+        rows = [r for r in unique(rows) if same_text(r.text) not in known and source.label in (None, r.label)]
         rows = [r for r in rows if text_hash(r.text) not in recipe.drop]
         rows = [
             replace(r, weight=source.weight, key=r.source if source.by_source else path.stem)
@@ -102,7 +109,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
             "calibrate": source.calibrate,
             "fit": 1 - source.test - source.calibrate,
         }
-        for part, of_part in split(rows, shares, recipe.seed).items():
+        for part, of_part in split(rows, shares, recipe.seed, placed).items():
             for row in of_part:
                 parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
     if recipe.balance:

@@ -1,0 +1,1 @@
+"""`make bench`: speed, paired and interleaved, medians with intervals. Figures, never assertions."""
