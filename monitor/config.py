@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(512, ge=16)
     kv_tokens: int = Field(65_536, ge=256)
     """Tokens that all active sequences may reserve together (prompt + max_tokens each)."""
+    max_body_bytes: int = Field(2 * 2**20, ge=1024)
     max_queue: int = Field(64, ge=0)
     max_n: int = Field(8, ge=1)
     max_prompts: int = Field(16, ge=1)

@@ -56,6 +56,7 @@ class Metrics:
             "probe_info", "1 for each probe in service.", ["probe", "version", "sha256", "layers"], **of
         )
         self.records_dropped = Counter("records_dropped", "Records lost to a full or failing log.", **of)
+        self.lines = Counter("notice_lines", "Flags and blocks written to stdout.", ["result"], **of)
         self.webhook = Counter("webhook", "Notices to the webhook.", ["result"], **of)
         self.rejected = Counter("rejected", "Requests refused before generation.", ["status"], **of)
         self.ready = Gauge("ready", "1 while the server is ready.", **of)

@@ -54,6 +54,8 @@ class Watching:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = _input_ids(args, kwargs)
         cache = kwargs.get("past_key_values")
+        if kwargs.get("use_cache") is False and self._watches and ids.shape[1] > 1:
+            raise MidstreamError("generate without a cache feeds every token again at each step; leave use_cache on")
         if cache is None or cache.get_seq_length() == 0:
             self._begin(ids, kwargs.get("attention_mask"))
         elif ids.shape[0] != len(self._watches):
@@ -90,7 +92,9 @@ class Watching:
     def _finish(self) -> None:
         request_id = secrets.token_hex(16)
         for i, watch in enumerate(self._watches):
-            watch.advance(watch.n_prompt + watch.n_sampled, np.empty((0, len(self.probes)), np.float32), 1, "stop")
+            # The last sampled token was not fed, unless the sequence ended before the rest of its batch.
+            nothing = np.empty((0, len(self.probes)), np.float32)
+            watch.advance(watch.n_prompt + watch.n_sampled, nothing, 0 if self._ended[i] else 1, "stop")
             self.records.append(watch.record(request_id, i, self._name, "notebook"))
             self.scores.append(np.concatenate(self._rows[i]))
         self._watches, self._rows, self._ended = [], [], []

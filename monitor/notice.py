@@ -14,6 +14,7 @@ from typing import Any, Literal
 from monitor.types import Action, Record
 
 Result = Literal["sent", "failed", "dropped"]
+Counted = Callable[[Result], None]
 _TIMEOUT_S = 5.0
 _FIRST_RETRY_S = 0.5
 
@@ -49,9 +50,45 @@ def notice(record: Record) -> dict[str, Any] | None:
     }
 
 
-def print_line(event: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+class Outbox:
+    """Events to a slow receiver: `put` never blocks, one thread sends, the queue is bounded.
+
+    send: True if the event arrived; counted: called with `sent`, `failed` or `dropped` for every event
+    """
+
+    def __init__(self, queue_size: int, send: Callable[[Mapping[str, Any]], bool], counted: Counted) -> None:
+        self._send, self._counted = send, counted
+        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(queue_size)
+        self._thread = threading.Thread(target=self._run, name="midstream-notices", daemon=True)
+        self._thread.start()
+
+    def put(self, event: Mapping[str, Any]) -> None:
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._counted("dropped")
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Send what is queued, for at most `timeout_s`."""
+        try:
+            self._queue.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (event := self._queue.get()) is not None:
+            self._counted("sent" if self._send(event) else "failed")
+
+
+def print_line(event: Mapping[str, Any]) -> bool:
+    """One JSON line on stdout; False if nobody reads it any more."""
+    try:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError):  # a closed pipe, a closed file
+        return False
+    return True
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -65,41 +102,25 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class Webhook:
-    """POSTs notices from one thread behind a bounded queue; each is tried `attempts` times, waits doubling.
+    """POSTs notices from an Outbox; each is tried `attempts` times, waits doubling."""
 
-    counted: called with `sent`, `failed` or `dropped` for every notice
-    """
-
-    def __init__(self, url: str, queue_size: int, attempts: int, counted: Callable[[Result], None]) -> None:
-        self._url, self._attempts, self._counted = url, attempts, counted
-        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(queue_size)
+    def __init__(self, url: str, queue_size: int, attempts: int, counted: Counted) -> None:
+        self._url, self._attempts = url, attempts
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="midstream-webhook", daemon=True)
-        self._thread.start()
+        self._outbox = Outbox(queue_size, self._deliver, counted)
 
     def put(self, event: Mapping[str, Any]) -> None:
-        try:
-            self._queue.put_nowait(event)
-        except queue.Full:
-            self._counted("dropped")
+        self._outbox.put(event)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, without waiting between retries, for at most `timeout_s`."""
         self._closing.set()
-        try:
-            self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
-            return
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while (event := self._queue.get()) is not None:
-            self._counted("sent" if self._deliver(event) else "failed")
+        self._outbox.close(timeout_s)
 
     def _deliver(self, event: Mapping[str, Any]) -> bool:
-        request = urllib.request.Request(  # noqa: S310 - the scheme is checked in the settings
-            self._url, json.dumps(event).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps(event).encode()
+        request = urllib.request.Request(self._url, body, headers, method="POST")  # noqa: S310 - checked in settings
         for attempt in range(self._attempts):
             try:
                 with _OPENER.open(request, timeout=_TIMEOUT_S):

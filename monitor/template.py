@@ -46,7 +46,7 @@ class ChatTemplate:
         """A conversation with the generation prompt at its end.
 
         messages: role and content, at least one
-        returns: the newest turn is everything after the last assistant message
+        returns: the newest turn is everything after the last answer that is followed by another message
         raises: RequestInvalid if there is no template or it refuses these messages
         """
         if not self.has_chat:
@@ -54,7 +54,11 @@ class ChatTemplate:
         text = self._render(messages, generate=True)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = tuple(encoded["input_ids"])
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        # An answer parts the history from the newest turn only if it says something and something follows it:
+        # else a client could declare its own request history by adding an empty answer.
+        asked = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+        answers = (i for i, m in enumerate(messages[:asked]) if m["role"] == "assistant" and m["content"].strip())
+        last = max(answers, default=-1)
         cut = 0
         if last >= 0:
             history = self._render(messages[: last + 1], generate=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -28,7 +29,9 @@ class Answer:
         self._early: list[Delta] = []
 
     def _deliver(self, delta: Delta) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+        # At shutdown the loop may be closed: nobody is left to read, and the record has been written already.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
 
     async def judge_prompts(self, http: Request) -> None:
         """Submit, and wait until every prompt has its first verdict: before that nothing is answered, not even 200.

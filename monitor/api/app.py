@@ -58,6 +58,11 @@ def create_app(service: Service, metrics: Metrics, ready: Callable[[], str | Non
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return refuse(request, validation(error.errors()))
 
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        # A bug of ours; starlette logs its traceback. The client gets the shape it can read, and no details.
+        return refuse(request, ApiError(500, "internal error; the server's log says more", kind="server_error"))
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         hint = f"{request.method} {request.url.path[:80]}: {error.detail}"
@@ -65,14 +70,15 @@ def create_app(service: Service, metrics: Metrics, ready: Callable[[], str | Non
             request, ApiError(error.status_code, hint, code="not_found" if error.status_code == 404 else None)
         )
 
-    return Front(app, service.settings.api_key)
+    return Front(app, service.settings.api_key, service.settings.max_body_bytes)
 
 
 class Front:
     """In front of every route: the key for /v1, and the client's own request id echoed. Plain ASGI: streams pass."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body: int) -> None:
         self.app = app
+        self._max_body = max_body
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +90,28 @@ class Front:
             error = ApiError(401, "wrong or missing API key; send `Authorization: Bearer KEY`", code="invalid_api_key")
             await error.response()(scope, receive, send)
             return
-        await self.app(scope, receive, _echo(headers.get(b"x-request-id"), send))
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
+            await self._too_large().response()(scope, receive, send)
+            return
+        await self.app(scope, self._bounded(receive), _echo(headers.get(b"x-request-id"), send))
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_body} bytes; send less", code="body_too_large")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Counts what arrives: a chunked body announces no length."""
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_body:
+                raise HTTPException(413, str(self._too_large()))
+            return message
+
+        return counted
 
     def _admitted(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or path in ("/health", "/ready", "/metrics"):

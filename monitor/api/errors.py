@@ -24,6 +24,8 @@ class ApiError(Exception):
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
+        message = message.encode(errors="replace").decode()
+        param = None if param is None else param.encode(errors="replace").decode()
         self.status = status
         self.error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code} | dict(
             extra or {}

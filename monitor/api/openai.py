@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from monitor.api.answer import Answer, as_event_error
 from monitor.api.errors import ApiError, from_domain
@@ -48,7 +50,7 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
-        prompt = _encode(lambda: service.template.encode([m.plain() for m in body.messages]))
+        prompt = await _encode(lambda: service.template.encode([m.plain() for m in body.messages]))
         limit = body.max_completion_tokens or body.max_tokens
         shape = ChatShape(bool(body.logprobs))
         return await respond(http, body, [prompt], limit, body.wanted_logprobs(), shape, "chat")
@@ -59,9 +61,13 @@ def openai_routes(service: Service) -> APIRouter:
         if not 0 < len(given) <= settings.max_prompts:
             raise ApiError(400, f"prompt has {len(given)} entries; send 1 to {settings.max_prompts}", param="prompt")
         for ids in given:
+            if not isinstance(ids, str) and len(ids) > engine.max_model_len:
+                raise ApiError(
+                    400, f"prompt has {len(ids)} tokens, the model takes {engine.max_model_len}", param="prompt"
+                )
             if not isinstance(ids, str) and not all(0 <= i < service.vocabulary for i in ids):
                 raise ApiError(400, f"prompt holds a token id outside 0 to {service.vocabulary - 1}", param="prompt")
-        prompts = [_encode(lambda p=p: service.template.raw(p)) for p in given]
+        prompts = [await _encode(lambda p=p: service.template.raw(p)) for p in given]
         shape = CompletionShape(body.logprobs is not None)
         limit = body.max_tokens if body.max_tokens is not None else 16  # OpenAI's default for this route
         return await respond(http, body, prompts, limit, body.logprobs, shape, "completions")
@@ -85,7 +91,7 @@ def openai_routes(service: Service) -> APIRouter:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream(answer, shape, base, n_prompt if with_usage else None)
-            return StreamingResponse(events, media_type="text/event-stream", headers=_SSE | headers)
+            return JudgedStream(answer, events, media_type="text/event-stream", headers=_SSE | headers)
         async with answer.guarded(http):
             choices = await gather(answer, shape)
         return JSONResponse(base | {"choices": choices, "usage": usage(n_prompt, answer.released)}, headers=headers)
@@ -122,12 +128,27 @@ def openai_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _encode(encode: Any) -> Prompt:
+async def _encode(encode: Callable[[], Prompt]) -> Prompt:
+    """Off the event loop: a long prompt takes a second to tokenise, and other streams go on meanwhile."""
     try:
-        prompt: Prompt = encode()
+        prompt = await asyncio.to_thread(encode)
     except RequestInvalid as error:
         raise from_domain(error) from error
     return prompt
+
+
+class JudgedStream(StreamingResponse):
+    """Aborts the request however the response ends, also if the client left before its first event."""
+
+    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.abort()  # changes nothing for a request that has ended
 
 
 async def gather(answer: Answer, shape: ChatShape | CompletionShape) -> list[dict[str, Any]]:
@@ -164,6 +185,3 @@ async def stream(
         yield b"data: [DONE]\n\n"
     except ApiError as error:  # after the 200 an error can only be an event; no [DONE]: this is not a normal end
         yield event(as_event_error(error))
-    finally:
-        # Runs when the client leaves, too. For a request that has ended this changes nothing.
-        answer.abort()

@@ -52,7 +52,8 @@ class ChatShape:
 
 
 def _spelled(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    # Half a character has no text of its own; OpenAI allows null bytes.
+    return {"token": token, "logprob": logprob, "bytes": None if "\ufffd" in token else list(token.encode())}
 
 
 class CompletionShape:

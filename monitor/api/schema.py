@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from monitor.types import RequestInvalid, Sampling
 
@@ -13,18 +13,29 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _utf8(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair; send valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
+
+
 class StreamOptions(_Body):
     include_usage: bool = False
 
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
     refusal: str | None = None
 
@@ -43,7 +54,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Generate(_Body):
     """The fields that chat and completions share."""
 
-    model: str
+    model: Text
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1)
@@ -51,7 +62,7 @@ class Generate(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
     max_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     logit_bias: dict[str, Bias] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -69,7 +80,7 @@ class Generate(_Body):
         """raises: RequestInvalid for a logit_bias key that is not a token id"""
         bias = {}
         for key, value in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit() or int(key) >= vocabulary:
+            if len(key) > 9 or not key.isascii() or not key.isdigit() or int(key) >= vocabulary:
                 raise RequestInvalid(f"logit_bias has key {key[:32]!r}; use token ids below {vocabulary}", "logit_bias")
             bias[int(key)] = value
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -98,7 +109,7 @@ class ChatRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

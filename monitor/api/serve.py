@@ -19,7 +19,7 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.live import LiveProbes, load_live
 from monitor.metrics import Metrics
-from monitor.notice import Webhook, notice, print_line
+from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.traffic import TrafficLog
 from monitor.types import ConfigInvalid, Phase, Record
 from probes_store.store import Store, model_slug
@@ -35,6 +35,7 @@ class Sinks:
         self.traffic = TrafficLog(
             settings.records, settings.max_records, settings.record_queue, metrics.records_dropped.inc
         )
+        self.lines = Outbox(settings.webhook_queue, print_line, lambda result: metrics.lines.labels(result).inc())
         self.webhook: Webhook | None = None
         if settings.webhook_url is not None:
             self.webhook = Webhook(
@@ -49,7 +50,7 @@ class Sinks:
         self.traffic.put(record)
         event = notice(record)
         if event is not None:
-            print_line(event)
+            self.lines.put(event)
             if self.webhook is not None:
                 self.webhook.put(event)
 
@@ -58,6 +59,7 @@ class Sinks:
 
     def close(self) -> None:
         self.traffic.close()
+        self.lines.close()
         if self.webhook is not None:
             self.webhook.close()
 
@@ -73,6 +75,8 @@ class Server(uvicorn.Server):
         # Off this frame: the handler may have interrupted a holder of the engine's lock.
         threading.Thread(target=self._engine.drain, daemon=True).start()
         super().handle_exit(sig, frame)
+        # uvicorn raises the signal again once it has stopped; then our own exit code and flushing would never happen.
+        self._captured_signals.clear()
 
 
 def open_socket(host: str, port: int) -> socket.socket:

@@ -46,7 +46,7 @@ def engine_with(model: LoadedModel, n_probes: int) -> EmbeddedEngine:
 def tokens_per_second(engine: EmbeddedEngine, model: LoadedModel, streams: int) -> float:
     prompt = model.template.encode([{"role": "user", "content": "Write about the sea."}])
     deltas: queue.Queue = queue.Queue()
-    sampling = Sampling(TOKENS, temperature=0, logit_bias={i: -100.0 for i in model.eos_ids})
+    sampling = Sampling(TOKENS, temperature=0, logit_bias=dict.fromkeys(model.eos_ids, -100.0))
     began = time.perf_counter()
     for i in range(streams):
         engine.submit(GenerationRequest(str(i), (prompt,), 1, sampling, "bench"), deltas.put)

@@ -80,6 +80,8 @@ class EmbeddedEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        if request.n > self._settings.max_sequences:
+            raise RequestInvalid(f"n is {request.n}; send at most {self._settings.max_sequences}", "n")
         groups = [Group(list(self._choices(request, p, deliver))) for p in range(len(request.prompts))]
         for group in groups:
             if group.reserved > self._settings.kv_tokens:
@@ -280,8 +282,8 @@ class EmbeddedEngine:
     def _sample(self, sequence: Generation, first: int, rows: Scores, logits: torch.Tensor | None) -> None:
         finish, n_new = sequence.last, 0
         if logits is not None:
-            finish, n_new = sequence.sample(logits, self._model.eos_ids), 1
-            if finish is not None and self._settings.score_last:
+            n_new, finish = sequence.sample(logits, self._model.eos_ids)
+            if finish in ("stop", "length") and self._settings.score_last:
                 sequence.last, finish = finish, None
         sequence.judge(first, rows, n_new, finish, self.model_name)
 
@@ -292,7 +294,9 @@ class EmbeddedEngine:
             left += [s for s in self._active if s not in left]
             self._waiting.clear()
             self._active, self._groups = [], {}
-        for sequence in left:
-            if not sequence.ended:
-                self._finish(sequence, "engine_error")
-        self._died(error)
+        try:
+            for sequence in left:
+                if not sequence.ended:
+                    self._finish(sequence, "engine_error")
+        finally:
+            self._died(error)

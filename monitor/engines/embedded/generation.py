@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from monitor.engines.embedded.attention import KVCache
 from monitor.engines.embedded.sampling import Sampler
 from monitor.engines.embedded.text import AnswerText
@@ -41,7 +43,7 @@ class Generation:
         self.last: FinishReason | None = None  # ended, but its last token is still to be scored (`score_last`)
         self._deliver, self._publish = deliver, publish
         self._logprobs: list[TokenLogprob | None] = []
-        self._sent = 0
+        self._sent = self._shown = 0
         self._announced = False
 
     @property
@@ -56,15 +58,17 @@ class Generation:
     def ended(self) -> bool:
         return self.watch.finish is not None
 
-    def sample(self, logits: object, eos_ids: frozenset[int]) -> FinishReason | None:
-        """Take the next token from the logits of the newest position; the reason to end with it, if any."""
-        token, logprob = self.sampler(logits)  # type: ignore[arg-type]
+    def sample(self, logits: Tensor, eos_ids: frozenset[int]) -> tuple[int, FinishReason | None]:
+        """Take the next token from the logits of the newest position: how many were sampled, and a reason to end."""
+        if bool(logits.isnan().any()):
+            return 0, "engine_error"  # one prompt that overflows must not take the others down
+        token, logprob = self.sampler(logits)
         self.tokens.append(token)
         self._logprobs.append(logprob)
         stopped = self.text.add(token)
         if stopped or token in eos_ids:
-            return "stop"
-        return "length" if len(self._logprobs) >= self.request.sampling.max_tokens else None
+            return 1, "stop"
+        return 1, "length" if len(self._logprobs) >= self.request.sampling.max_tokens else None
 
     def judge(self, first: int, rows: Scores, n_new: int, finish: FinishReason | None, model: str) -> None:
         """Hand a step to the Watch, and what it releases to the client: the Record first, then the last text."""
@@ -72,7 +76,9 @@ class Generation:
         if not self.watch.prompt_judged and judged.finish is None:
             return
         text = self.text.release(judged.released, final=judged.finish is not None)
-        tokens = self._logprobs[self._sent : judged.released]
+        # A token's logprob goes out with its text: not while that may be a stop string, never if it was cut.
+        shown = self.text.shown(judged.released)
+        tokens, self._shown = self._logprobs[self._shown : shown], shown
         n_tokens, self._sent = judged.released - self._sent, judged.released
         record = None
         if judged.finish is not None:

@@ -24,7 +24,18 @@ from monitor.policy import Rule
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.sequence import Watch
 from monitor.tap import attach, tap_op
-from monitor.types import Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores
+from monitor.types import (
+    Delta,
+    Format,
+    GenerationRequest,
+    MidstreamError,
+    Mode,
+    Phase,
+    Prompt,
+    Record,
+    Sampling,
+    Scores,
+)
 
 Progress = Callable[[int], None]
 _PASS_TOKENS = 2048
@@ -173,6 +184,8 @@ def answer_values(
             progress(1)
     finally:
         engine.stop(0.0)
+    if unfinished := sum(r.finish not in ("stop", "length") for r in observer.records):
+        raise MidstreamError(f"{unfinished} answers did not finish ({engine.readiness()}); nothing was calibrated")
     values = [_value(r.readings[1].value) for r in observer.records]
     return [v for v in values if np.isfinite(v)]
 

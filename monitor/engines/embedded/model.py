@@ -71,10 +71,23 @@ def load_model(
             f"{type(module).__name__} does not take attention functions from outside, so the embedded engine "
             "can't batch it; serve it with vLLM or behind the proxy"
         )
+    _check_batchable(module)
     module.to(device).eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return loaded(module, tokenizer)
+
+
+def _check_batchable(module: Any) -> None:
+    """Packed tokens of many requests stand in one row: only attention tells them apart."""
+    text: Any = module.config.get_text_config()
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    rope = str((getattr(text, "rope_parameters", None) or {}).get("rope_type", "default"))
+    if odd or getattr(module, "_is_stateful", False) or rope in ("dynamic", "longrope"):
+        what = ", ".join(sorted(odd)) or ("a recurrent state" if rope == "default" else f"{rope} RoPE")
+        raise ModelUnsupported(
+            f"{type(module).__name__} has {what}, which would mix requests in the embedded engine; serve it with vLLM"
+        )
 
 
 def loaded(module: Any, tokenizer: Any) -> LoadedModel:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from monitor.types import Sampling, TokenLogprob
 
+_GREEDY = 1e-5  # below it, dividing by the temperature overflows float32
+
 
 class Sampler:
     """One sequence's sampling: its own random stream, so that a seed gives the same answer in any company."""
@@ -37,7 +39,8 @@ class Sampler:
         if (s.presence_penalty or s.frequency_penalty) and self._counts:
             penalties = {t: -s.presence_penalty - s.frequency_penalty * n for t, n in self._counts.items()}
             logits = logits.index_add(0, *self._tensors(penalties))
-        token = int(logits.argmax()) if s.temperature == 0 else self._draw(logits / s.temperature)
+        greedy = s.temperature < _GREEDY
+        token = int(logits.argmax()) if greedy else self._draw((logits - logits.max()) / s.temperature)
         self._counts[token] = self._counts.get(token, 0) + 1
         return token, None if s.logprobs is None else self._logprob(token, logits, s.logprobs)
 
@@ -46,7 +49,9 @@ class Sampler:
         if self.sampling.top_p < 1:
             ordered, ids = probabilities.sort(descending=True)
             # The smallest set whose mass reaches top_p: a token stays if the mass before it has not reached it yet.
-            ordered = ordered.masked_fill(ordered.cumsum(0) - ordered >= self.sampling.top_p, 0.0)
+            beyond = ordered.cumsum(0) - ordered >= self.sampling.top_p
+            beyond[0] = False  # a top_p that rounds to 0 still leaves the likeliest
+            ordered = ordered.masked_fill(beyond, 0.0)
             return int(ids[torch.multinomial(ordered, 1, generator=self._random)])
         return int(torch.multinomial(probabilities, 1, generator=self._random))
 

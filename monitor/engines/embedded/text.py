@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,10 @@ class AnswerText:
         piece = self._text[self._sent : end]
         self._sent = end
         return piece
+
+    def shown(self, n_tokens: int) -> int:
+        """How many of the first n_tokens tokens have all their text released."""
+        return bisect.bisect_right(self._ends, self._sent, 0, n_tokens)
 
     def _could_stop(self, text: str) -> int:
         """Length of the longest tail of `text` that is a proper start of a stop string."""
