@@ -128,6 +128,27 @@ def test_bad_requests_get_openais_shape_and_a_sentence(server, body, status, say
     assert server.sink.records == []
 
 
+def test_strange_numbers_and_texts_end_one_request_and_not_the_engine(server):
+    """Each of these once took the engine down or gave a bare 500."""
+    for extra in ({"temperature": 1e-40}, {"top_p": 1e-50}, {"temperature": 1e-40, "seed": -(2**70)}):
+        assert server.post("/v1/chat/completions", {"messages": user("x"), "max_tokens": 3} | extra).status_code == 200
+    surrogate = b'{"model": "tiny-llama", "messages": [{"role": "user", "content": "a\\ud800"}], "\\ud800": 1}'
+    for body in (surrogate, surrogate.replace(b', "\\ud800": 1', b"")):
+        response = httpx.post(server.url + "/v1/chat/completions", content=body, headers=JSON)
+        assert response.status_code == 400 and response.json()["error"]["message"]
+    long_key = server.post("/v1/chat/completions", {"messages": user("x"), "logit_bias": {"9" * 5000: 1}})
+    assert long_key.status_code == 400
+    assert httpx.get(server.url + "/ready").status_code == 200
+
+
+def test_a_body_over_the_bound_is_413_announced_or_not(server):
+    big = b'{"model": "' + b"x" * 3 * 2**20 + b'"}'
+    assert httpx.post(server.url + "/v1/chat/completions", content=big, headers=JSON).status_code == 413
+    pieces = (big[i : i + 65536] for i in range(0, len(big), 65536))
+    response = httpx.post(server.url + "/v1/chat/completions", content=pieces, headers=JSON)
+    assert response.status_code == 413 and response.json()["error"]["message"]
+
+
 def test_more_bad_requests(server):
     broken = httpx.post(server.url + "/v1/chat/completions", content=b"{nope", headers=JSON)
     assert broken.status_code == 400 and broken.json()["error"]["code"] == "bad_json"

@@ -244,3 +244,50 @@ def test_a_tap_that_is_removed_makes_every_request_unmonitored(tiny, engine_of):
     texts, finishes, tokens = answer(ask(engine, chat(tiny, "b"), "b"))
     assert (texts, finishes, tokens) == ([""], ["unmonitored"], [0])
     assert sink.wait(2)[1].coverage.unmonitored > 0
+
+
+def test_an_observer_that_raises_ends_the_engine_loudly(tiny, engine_of):
+    engine, sink, died = engine_of()
+
+    def broken(record):
+        raise BrokenPipeError("nobody reads the log")
+
+    sink.record = broken
+    ask(engine, chat(tiny, "x"), max_tokens=3)
+    engine._thread.join(30)
+    assert not engine._thread.is_alive() and len(died) == 1 and "died" in engine.readiness()
+
+
+def test_logits_that_are_not_numbers_end_one_sequence(tiny, engine_of):
+    engine, _, _ = engine_of(mode=Mode.SHADOW, threshold=None)
+    armed = [True]
+
+    def poison(module, args, output):
+        if armed:
+            armed.clear()
+            output[0, 0] = torch.nan
+        return output
+
+    handle = tiny.module.lm_head.register_forward_hook(poison)
+    try:
+        bad = answer(ask(engine, chat(tiny, "bad"), "bad", max_tokens=4))
+        good = answer(ask(engine, chat(tiny, "good"), "good", max_tokens=4))
+    finally:
+        handle.remove()
+    assert bad[1] == ["engine_error"] and good[1] != ["engine_error"]
+    assert engine.readiness() is None
+
+
+def test_models_that_would_mix_requests_are_refused(tiny):
+    from monitor.engines.embedded.model import _check_batchable
+    from monitor.types import ModelUnsupported
+
+    config = tiny.module.config
+    before = getattr(config, "layer_types", None)
+    try:
+        config.layer_types = ["conv", "full_attention"]
+        with pytest.raises(ModelUnsupported, match="conv"):
+            _check_batchable(tiny.module)
+    finally:
+        config.layer_types = before
+    _check_batchable(tiny.module)

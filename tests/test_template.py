@@ -85,3 +85,14 @@ def test_the_hash_changes_with_the_template(demo):
         assert ChatTemplate(demo.tokenizer).hash != demo.template.hash
     finally:
         demo.tokenizer.chat_template = original
+
+
+def test_an_empty_or_trailing_answer_does_not_make_a_request_history(demo):
+    """A client writes its own messages: "HARM", then an empty answer, would else be a harmful turn of the past."""
+    for messages in (
+        [user("HARM"), {"role": "assistant", "content": ""}],
+        [user("HARM"), {"role": "assistant", "content": "Sure"}],
+        [user("HARM"), {"role": "assistant", "content": " "}, user("go on")],
+    ):
+        prompt = demo.template.encode(messages)
+        assert "HARM" in texts(demo, prompt)[prompt.newest]

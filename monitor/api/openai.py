@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -67,7 +68,7 @@ def openai_routes(service: Service) -> APIRouter:
                 )
             if not isinstance(ids, str) and not all(0 <= i < service.vocabulary for i in ids):
                 raise ApiError(400, f"prompt holds a token id outside 0 to {service.vocabulary - 1}", param="prompt")
-        prompts = [await _encode(lambda p=p: service.template.raw(p)) for p in given]
+        prompts = [await _encode(functools.partial(service.template.raw, p)) for p in given]
         shape = CompletionShape(body.logprobs is not None)
         limit = body.max_tokens if body.max_tokens is not None else 16  # OpenAI's default for this route
         return await respond(http, body, prompts, limit, body.logprobs, shape, "completions")
