@@ -21,7 +21,7 @@ serve: setup
 	$(BIN)/midstream serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: setup check
-	$(BIN)/python -m pytest -m 'not attack'
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ bench: setup
 	$(BIN)/python -m tests.bench
 
 attack: setup
-	$(BIN)/python -m pytest -m attack
+	$(BIN)/python -m pytest -s tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
