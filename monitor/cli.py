@@ -125,7 +125,9 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         )
     console.print(table)
     for probe, scores in record["token_scores"].items():
-        ranked = sorted(enumerate(scores), key=lambda item: -item[1])[:8]
+        spans = [*record["counted"], [coverage["prompt_tokens"], len(scores)]]
+        positions = [p for start, end in spans for p in range(start, min(end, len(scores)))]
+        ranked = sorted(((p, scores[p]) for p in positions), key=lambda item: -item[1])[:8]
         console.print(f"{probe}: highest positions " + ", ".join(f"{p}: {s:.2f}" for p, s in ranked), highlight=False)
 
 

@@ -272,5 +272,6 @@ class Watch:
             held_tokens=self.max_held,
             coverage=self.coverage,
             readings=readings,
+            counted=tuple((t.start, t.end) for t in self.prompt.turns),
             token_scores=scores,
         )

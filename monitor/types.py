@@ -197,8 +197,10 @@ class Record:
     held_tokens: int
     coverage: Coverage
     readings: tuple[ProbeReading, ...]
+    counted: tuple[tuple[int, int], ...]
+    """Positions [start, end) of the prompt that count; every position of the answer does."""
     token_scores: Mapping[str, Sequence[float]]
-    """Per probe, one score for each scored position; empty for an allowed sequence."""
+    """Per probe, one score for each position; empty where no probe crossed its threshold or broke."""
 
 
 @dataclass(frozen=True, slots=True)
