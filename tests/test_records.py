@@ -41,7 +41,8 @@ def reading(action=Action.ALLOW, phase=Phase.PROMPT, mode=Mode.BLOCK, value=1.23
 def record(request_id="r1", index=0, verdict=Action.ALLOW, **changes):
     fields = {
         "created": 1.5, "model": "tiny", "route": "chat", "format": "chat", "finish": "stop", "released_tokens": 5,
-        "held_tokens": 1, "coverage": coverage(), "readings": (reading(),), "counted": ((1, 2),), "token_scores": {"demo": [0.5, -1.25]},
+        "held_tokens": 1, "coverage": coverage(), "readings": (reading(),), "counted": ((1, 2),),
+        "token_scores": {"demo": [0.5, -1.25]},
     }  # fmt: skip
     return Record(request_id=request_id, index=index, verdict=verdict, **(fields | changes))
 
@@ -421,9 +422,7 @@ def test_labels_are_bounded():
     metrics.record(record())
     before = samples(metrics)
     for i in range(500):
-        metrics.record(
-            record(f"id{i}", i, created=float(i), model=f"model{i}", token_scores={f"t{i}": [0.0]})
-        )
+        metrics.record(record(f"id{i}", i, created=float(i), model=f"model{i}", token_scores={f"t{i}": [0.0]}))
     assert samples(metrics) == before
     assert value(metrics, "requests_total", route="chat", action="allow") == 501
 
