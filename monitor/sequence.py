@@ -258,7 +258,7 @@ class Watch:
         if self._rows and (self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
             rows = np.concatenate(self._rows)
             for track in self._tracks:
-                scores[track.rule.probe] = [round(v, 3) for v in rows[:, track.rule.column].tolist()]
+                scores[track.rule.probe] = [round(v, 5) for v in rows[:, track.rule.column].tolist()]
         return Record(
             request_id=request_id,
             index=index,

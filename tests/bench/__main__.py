@@ -66,16 +66,20 @@ def ratio(pairs: list[tuple[float, float]]) -> str:
     return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
 
 
+def say(line: str) -> None:
+    print(line, flush=True)  # minutes lie between two lines
+
+
 def main() -> None:
     model = load_model(DEMO_MODEL, cache=cache_dir())
-    print(f"{model.name}, {model.dtype}, {torch.get_num_threads()} threads, {TOKENS} tokens a stream, {PAIRS} pairs")
+    say(f"{model.name}, {model.dtype}, {torch.get_num_threads()} threads, {TOKENS} tokens a stream, {PAIRS} pairs")
 
     engine = engine_with(model, 1)
     tokens_per_second(engine, model, 8)  # warm
     pairs = [(tokens_per_second(engine, model, 8), tokens_per_second(engine, model, 1)) for _ in range(PAIRS)]
     engine.stop(0.0)
     many, one = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-    print(f"8 streams {many:.1f} tokens/s, 1 stream {one:.1f}: ratio {ratio(pairs)} (target >= 2.5)")
+    say(f"8 streams {many:.1f} tokens/s, 1 stream {one:.1f}: ratio {ratio(pairs)} (target >= 2.5)")
 
     for n_probes in (1, 8):
         pairs = []
@@ -86,7 +90,7 @@ def main() -> None:
                 rates[k] = tokens_per_second(engine, model, 8)
                 engine.stop(0.0)
             pairs.append((rates[n_probes], rates[0]))
-        print(f"{n_probes} probes against none, 8 streams: ratio {ratio(pairs)}")
+        say(f"{n_probes} probes against none, 8 streams: ratio {ratio(pairs)}")
 
 
 if __name__ == "__main__":
