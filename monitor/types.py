@@ -217,6 +217,14 @@ class GenerationRequest:
 Deliver = Callable[[Delta], None]
 
 
+class Observer(Protocol):
+    """What is told of every finished sequence. Called from the engine's thread; must not block."""
+
+    def record(self, record: Record) -> None: ...
+
+    def scored(self, seconds: float, n_tokens: int) -> None: ...
+
+
 class Engine(Protocol):
     """What the API needs of an engine. `submit` and `abort` may be called from any thread."""
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +24,12 @@ from monitor.types import (
     Deliver,
     FinishReason,
     GenerationRequest,
+    Observer,
     Overloaded,
     Prompt,
-    Record,
     RequestInvalid,
     Scores,
 )
-
-
-class Observer(Protocol):
-    """Called from the engine's thread; must not block."""
-
-    def record(self, record: Record) -> None: ...
-
-    def scored(self, seconds: float, n_tokens: int) -> None: ...
 
 
 class EmbeddedEngine:
