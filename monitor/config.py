@@ -38,7 +38,9 @@ class Settings(BaseSettings):
     # What
     model: str = DEMO_MODEL
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    engine: Literal["embedded", "vllm"] = "embedded"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Default: float32 in the embedded engine, what the probes were calibrated in with vLLM."""
     store: Path = Field(default_factory=lambda: state_dir() / "probes")
     cache: Path = Field(default_factory=cache_dir)
 
@@ -66,6 +68,9 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=16)
     shutdown_timeout_s: float = Field(30.0, ge=0)
     threads: int | None = Field(None, ge=1)
+    probe_columns: int = Field(8, ge=1, le=1024)
+    """vLLM: probes that a later set may have without a restart."""
+    allow_untested_vllm: bool = False
 
     # Records
     records: Path = Field(default_factory=lambda: state_dir() / "records.sqlite3")

@@ -44,7 +44,7 @@ class LiveProbes:
         for column, probe in enumerate(self.probes):
             card = probe.card
             for canary in card.canaries:
-                prompt = template.encode([{"role": "user", "content": canary.text}])
+                prompt = _canary_prompt(template, canary.text)
                 got = score(prompt)[counted(prompt), column]
                 expected = np.array(canary.scores, dtype=np.float32)
                 off = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
@@ -56,6 +56,16 @@ class LiveProbes:
                     )
                 largest = max(largest, off)
         return largest
+
+
+def _canary_prompt(template: ChatTemplate, text: str) -> Prompt:
+    return template.encode([{"role": "user", "content": text}])
+
+
+def canary_prompts(live: LiveProbes, template: ChatTemplate) -> list[Prompt]:
+    """Every prompt that `check_canaries` will ask for, once."""
+    texts = dict.fromkeys(c.text for probe in live.probes for c in probe.card.canaries)
+    return [_canary_prompt(template, text) for text in texts]
 
 
 def counted(prompt: Prompt) -> list[int]:

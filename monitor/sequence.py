@@ -112,8 +112,9 @@ class Watch:
             return Judged(self.released, self.finish)
         self._take(first, rows)
         self.n_sampled += n_new
-        if finish in ("stop", "length"):
-            # Only the last sampled token may lack a score: it is never fed, and goes out under the verdict before it.
+        if n_new or finish in ("stop", "length"):
+            # Only the newest sampled token may lack a score: every token before it was fed to sample it. The last one
+            # is never fed, and goes out under the verdict before it.
             self._gap(max(self.n_prompt, self.n_prompt + self.n_sampled - 1), "missing_rows")
         if self._stop_at is not None:
             self._release(self._stop_at - self.n_prompt)
@@ -126,6 +127,16 @@ class Watch:
             self._release(min(self.n_scored - self.n_prompt, self.n_sampled) if self.holds else self.n_sampled)
             self.max_held = max(self.max_held, self.n_sampled - self.released)
         return Judged(self.released, self.finish)
+
+    def end(self, finish: FinishReason) -> None:
+        """The sequence ended on what was released already: the engine found a stop string in it, or gave it up."""
+        if self.finish is None:
+            self.finish = finish
+
+    @property
+    def scores(self) -> Scores:
+        """(n_scored, K) float32: every row so far, NaN where one was missing."""
+        return np.concatenate(self._rows) if self._rows else np.empty((0, 0), dtype=np.float32)
 
     def _release(self, count: int) -> None:
         self.released = max(self.released, count)

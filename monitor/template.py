@@ -54,18 +54,32 @@ class ChatTemplate:
         text = self._render(messages, generate=True)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = tuple(encoded["input_ids"])
+        history = self._history(messages)
+        # A template that rewrites earlier messages gives no prefix: then everything is the newest turn.
+        cut = len(history) if text.startswith(history) else 0
+        first = next((i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= cut), len(ids))
+        return self._prompt(ids, first, "chat")
+
+    def history_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """What precedes the newest turn, as ids: for a prompt that somebody else has rendered. Empty if unknown."""
+        try:
+            history = self._history(messages) if self.has_chat else ""
+        except RequestInvalid:
+            return ()
+        return self._ids(history) if history else ()
+
+    def rendered(self, ids: Sequence[int], history: Sequence[int]) -> Prompt:
+        """A conversation that somebody else has rendered. history: of `history_ids`; ignored unless `ids` begin so"""
+        cut = len(history) if tuple(ids[: len(history)]) == tuple(history) else 0
+        return self._prompt(tuple(ids), cut, "chat")
+
+    def _history(self, messages: Sequence[Message]) -> str:
         # An answer parts the history from the newest turn only if it says something and something follows it:
         # else a client could declare its own request history by adding an empty answer.
         asked = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
         answers = (i for i, m in enumerate(messages[:asked]) if m["role"] == "assistant" and m["content"].strip())
         last = max(answers, default=-1)
-        cut = 0
-        if last >= 0:
-            history = self._render(messages[: last + 1], generate=False)
-            # A template that rewrites earlier messages gives no prefix: then everything is the newest turn.
-            cut = len(history) if text.startswith(history) else 0
-        first = next((i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= cut), len(ids))
-        return self._prompt(ids, first, "chat")
+        return self._render(messages[: last + 1], generate=False) if last >= 0 else ""
 
     def raw(self, text_or_ids: str | Sequence[int]) -> Prompt:
         """A prompt of /v1/completions: text, or token ids. Turns written by hand are found all the same.

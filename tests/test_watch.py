@@ -130,9 +130,16 @@ def test_a_gap_is_unmonitored_and_not_an_allow():
 
 def test_a_silent_tap_never_allows():
     watch = Watch(prompt(4), both())
-    assert watch.advance(0, np.empty((0, 1), np.float32), 1).released == 0
-    judged = watch.advance(0, np.empty((0, 1), np.float32), 1, "stop")
-    assert (judged.finish, judged.released, watch.coverage.unmonitored) == ("unmonitored", 0, 5)
+    judged = watch.advance(0, np.empty((0, 1), np.float32), 1)  # a token was sampled, so the prompt was fed
+    assert (judged.finish, judged.released, watch.coverage.unmonitored) == ("unmonitored", 0, 4)
+
+
+def test_a_tap_that_falls_silent_ends_the_answer_at_the_next_token():
+    watch = Watch(prompt(4), both())
+    watch.advance(0, np.zeros((4, 1), np.float32), 1)
+    assert watch.advance(4, np.zeros((1, 1), np.float32), 1).released == 1
+    judged = watch.advance(5, np.empty((0, 1), np.float32), 1)
+    assert (judged.finish, judged.released, dict(watch.coverage.causes)) == ("unmonitored", 1, {"missing_rows": 1})
 
 
 def test_one_probe_that_breaks_does_not_blind_another():

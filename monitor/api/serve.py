@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -98,7 +99,9 @@ def load(settings: Settings) -> tuple[LoadedModel, LiveProbes]:
     """The model and its verified probes. raises: MidstreamError"""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=settings.dtype)
+    model = load_model(
+        settings.model, cache=settings.cache, revision=settings.revision, dtype=settings.dtype or "float32"
+    )
     return model, load_live(model.served(), Store(settings.store), settings)
 
 
@@ -123,7 +126,8 @@ def serve(settings: Settings) -> int:
         engine = EmbeddedEngine(model, live, settings, sinks, died)
         stack.callback(engine.stop, 0.0)
         off = live.check_canaries(model.template, engine.prefill)
-        _announce(metrics, live, engine, sinks)
+        announce(metrics, live, lambda: engine.describe()["active"], sinks)
+        metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})
         vocabulary = model.module.config.get_text_config().vocab_size
         app = create_app(Service(engine, model.template, settings, names, vocabulary), metrics, engine.readiness)
@@ -131,23 +135,24 @@ def serve(settings: Settings) -> int:
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=bound_s)
         server.append(Server(config, engine))
         engine.start()
-        console.print(_summary(model, live, off))
+        console.print(summary(model.name, model.dtype, live, off))
         host, port = listener.getsockname()[:2]
         console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
         server[0].run(sockets=[listener])
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
-def _announce(metrics: Metrics, live: LiveProbes, engine: EmbeddedEngine, sinks: Sinks) -> None:
+def announce(metrics: Metrics, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
+    """Metrics of what serves. active: sequences in the engine"""
     cards = [p.card for p in live.probes]
     metrics.probes([(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards], live.rules)
-    metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
-    metrics.gauge("active_sequences", "Sequences in a step.", lambda: engine.describe()["active"])
+    metrics.gauge("active_sequences", "Sequences in the engine.", active)
     metrics.gauge("record_queue_depth", "Records not yet written.", lambda: sinks.traffic.depth)
 
 
-def _summary(model: LoadedModel, live: LiveProbes, off: float) -> Table:
-    table = Table(title=f"{model.name} · {model.dtype} · self-test passed (largest difference {off:.1g})")
+def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
+    """What the server prints when it is ready."""
+    table = Table(title=f"{name} · {dtype} · self-test passed (largest difference {off:.1g})")
     for column in ("probe", "version", "layer", "route", "prompt", "response"):
         table.add_column(column)
     for probe in live.probes:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from monitor.config import DEMO_MODEL
-from monitor.engines.embedded.demo import MANIFEST, demo_model, file_sha256
+from monitor.engines.identity import identify, locate
 from monitor.live import ServedModel
 from monitor.tap import decoder_blocks
 from monitor.template import ChatTemplate
 from monitor.types import ConfigInvalid, ModelUnsupported
-
-_EDGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +36,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, cache: Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
+    name: str, *, cache: Path, revision: str | None = None, dtype: str | None = None, device: str = "cpu"
 ) -> LoadedModel:
     """name: `smollm2-135m-instruct` (comes along), a local folder, or a hub id.
 
@@ -51,17 +45,11 @@ def load_model(
     # Imported here: it takes seconds, and `midstream --help` should not.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path: str | Path = demo_model(cache) if name == DEMO_MODEL else name
-    local = Path(path)
-    if isinstance(path, str) and (path.startswith((".", "/", "~")) or path.count("/") != 1 or local.exists()):
-        local = local.expanduser()
-        if not (local / "config.json").exists():
-            raise ConfigInvalid(
-                f"--model {name!r}: no folder with a config.json there; name a model folder or a hub id"
-            )
-        path = local
+    path = locate(name, cache)
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=getattr(torch, dtype or "float32")
+        )
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -96,19 +84,13 @@ def loaded(module: Any, tokenizer: Any) -> LoadedModel:
     raises: ModelUnsupported if neither a folder nor a hub commit says where it came from
     """
     text: Any = module.config.get_text_config()
-    origin = Path(str(module.config.name_or_path))
-    if (origin / "config.json").exists():
-        identity = _identity(origin)
-    elif commit := getattr(module.config, "_commit_hash", None):
-        identity = {"name": str(origin), "fingerprint": f"hub-commit:{commit}", "quantization": "none"}
-    else:
-        raise ModelUnsupported(f"model {str(origin)!r} is neither a local folder nor a hub commit; load it from one")
+    identity = identify(module.config)
     eos = module.generation_config.eos_token_id
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return LoadedModel(
-        name=identity["name"],
-        fingerprint=identity["fingerprint"],
-        quantization=identity["quantization"],
+        name=identity.name,
+        fingerprint=identity.fingerprint,
+        quantization=identity.quantization,
         dtype=str(module.dtype).removeprefix("torch."),
         module=module,
         tokenizer=tokenizer,
@@ -118,40 +100,3 @@ def loaded(module: Any, tokenizer: Any) -> LoadedModel:
         max_model_len=getattr(text, "max_position_embeddings", 2048),
         eos_ids=eos_ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()),
     )
-
-
-def _identity(folder: Path) -> dict[str, str]:
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return {
-            "name": folder.resolve().name,
-            "fingerprint": f"files-sha256:{files_fingerprint(folder)}",
-            "quantization": "none",
-        }
-    data = json.loads(manifest.read_text())
-    for file, digest in data["files"].items():
-        if not (folder / file).exists() or file_sha256(folder / file) != digest:
-            raise ModelUnsupported(f"{folder / file} is damaged; remove the folder, it is made again")
-    return {key: data[key] for key in ("name", "fingerprint", "quantization")}
-
-
-def files_fingerprint(folder: Path) -> str:
-    """Hash of a local model: config, tokenizer, and of each weight file its size, first and last MiB.
-
-    The whole of a 16 GB file takes most of a minute; an edit that keeps size, header and both ends is what the
-    canaries in a probe's card are for.
-    """
-    digest = hashlib.sha256()
-    weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    if not weights:
-        raise ConfigInvalid(f"{folder} holds no weights (*.safetensors); name the folder that does")
-    for path in [folder / "config.json", folder / "tokenizer.json", *weights]:
-        if not path.exists():
-            continue
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE_BYTES))
-            if path.stat().st_size > 2 * _EDGE_BYTES:
-                file.seek(-_EDGE_BYTES, os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()

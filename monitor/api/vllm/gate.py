@@ -1,0 +1,176 @@
+"""The gate around each generating route: makes the call, holds the answer's start until the prompt has its verdict,
+and puts right what a client reads of a block. Plain ASGI, so that streams pass."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from monitor.api.errors import ApiError, ended_badly, prompt_blocked, unavailable
+from monitor.api.vllm.admit import admit, chat_messages, choices, n_prompts, route_format
+from monitor.api.vllm.wire import WIRES, Wire, parse_event
+from monitor.config import Settings
+from monitor.engines.vllm.call import CALL, Call, blocks_prompt
+from monitor.metrics import Metrics
+from monitor.template import ChatTemplate
+from monitor.types import Record
+
+ID_HEADER = b"x-midstream-request-id"
+
+
+class Gate:
+    """path: the route's, a key of WIRES"""
+
+    def __init__(self, app: ASGIApp, path: str, template: ChatTemplate, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.path = app, path
+        self._template, self._settings, self._metrics = template, settings, metrics
+        self._route = path.removeprefix("/v1/").replace("chat/completions", "chat").replace("/", "-")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await _read(receive)
+        if raw is None:
+            return  # gone before it had asked
+        call = Call(self._route, route_format(self.path))
+        outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = None  # vLLM's validation says what is wrong with it
+        if isinstance(body, dict):
+            try:
+                admit(body, self._settings)
+            except ApiError as error:
+                await outgoing.refuse(error)
+                return
+            call.n = choices(body)
+            call.expected = call.n * n_prompts(body)
+            await self._know_history(call, body)
+        token = CALL.set(call)
+        try:
+            await self.app(scope, _replay(raw, receive), outgoing)
+        finally:
+            CALL.reset(token)
+
+    async def _know_history(self, call: Call, body: dict[str, Any]) -> None:
+        messages = chat_messages(body) if call.format == "chat" else []
+        if any(m["role"] == "assistant" for m in messages):
+            # Off the event loop: a long conversation takes a while to tokenise.
+            call.history = await asyncio.to_thread(self._template.history_ids, messages)
+
+
+class Outgoing:
+    """The `send` of one answer. Nothing goes out before every prompt of the call has its verdict."""
+
+    def __init__(self, call: Call, wire: Wire, send: Send, metrics: Metrics) -> None:
+        self._call, self._wire, self._send, self._metrics = call, wire, send, metrics
+        self._start: MutableMapping[str, Any] = {"headers": []}
+        self._held: list[bytes] = []
+        self._rest = b""  # of an event that has not arrived whole
+        self._begun = self._done = False
+
+    async def __call__(self, message: Message) -> None:
+        if self._done:
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        more = message.get("more_body", False)
+        self._held.append(message.get("body", b""))
+        if self._call.failed is not None:
+            await self._fail(self._call.failed)
+        elif self._is_stream:
+            if more and self._call.judged < self._call.expected:
+                return
+            await self._stream(more)
+        elif not more:
+            await self._whole()
+
+    async def refuse(self, error: ApiError) -> None:
+        self._metrics.rejected.labels(str(error.status)).inc()
+        self._done = True
+        response = error.response()
+        response.body = json.dumps(self._wire.error(error)).encode()
+        headers = [(k, v) for k, v in response.raw_headers if k != b"content-length"]
+        headers += [(b"content-length", str(len(response.body)).encode()), (ID_HEADER, self._call.id.encode())]
+        await self._send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": response.body})
+
+    @property
+    def _is_stream(self) -> bool:
+        headers = dict(self._start["headers"])
+        return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
+
+    async def _fail(self, record: Record) -> None:
+        if blocks_prompt(record):
+            error = prompt_blocked(record, record.index // self._call.n, self._call.expected // self._call.n)
+        else:
+            error = ended_badly(record) or unavailable("the answer could not be finished; try again later")
+        if not self._begun:
+            await self.refuse(error)
+            return
+        self._done = True
+        await self._send({"type": "http.response.body", "body": self._wire.error_event(error)})
+
+    async def _begin(self, length: int | None = None) -> None:
+        self._begun = True
+        headers = [*self._start["headers"], (ID_HEADER, self._call.id.encode())]
+        if length is not None:
+            headers = [(k, v) for k, v in headers if k != b"content-length"]
+            headers.append((b"content-length", str(length).encode()))
+        await self._send({**self._start, "headers": headers})
+
+    async def _whole(self) -> None:
+        body, self._held = b"".join(self._held), []
+        if self._call.blocked and self._start["status"] == 200:
+            body = json.dumps(self._wire.whole(json.loads(body)), separators=(",", ":")).encode()
+        self._done = True
+        await self._begin(len(body))
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, more: bool) -> None:
+        if not self._begun:
+            self._wire.first = next((chunk for chunk in self._held if chunk), b"").split(b"\n\n")[0]
+            await self._begin()
+        body, self._held = b"".join(self._held), []
+        if self._call.blocked:
+            body = self._rewritten(body, more)
+        if body or not more:
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def _rewritten(self, body: bytes, more: bool) -> bytes:
+        *events, self._rest = (self._rest + body).split(b"\n\n")
+        if not more and self._rest.strip():
+            events.append(self._rest)
+        return b"".join(b"".join(self._wire.event(*parse_event(event))) for event in events if event.strip())
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body; None if the client has left."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

@@ -1,0 +1,156 @@
+"""Starts vLLM's engine with the tap in its workers: settings, checks, probes, self-test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import __version__ as VLLM_VERSION
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from monitor.config import Settings
+from monitor.engines.identity import identify, locate
+from monitor.engines.vllm.client import Judge
+from monitor.engines.vllm.support import KEY, TapConfig, check_config, check_environment
+from monitor.live import LiveProbes, ServedModel, canary_prompts, load_live
+from monitor.template import ChatTemplate
+from monitor.types import ConfigInvalid, Observer, Scores
+from probes_store.store import Store
+
+_OURS = (
+    "--worker-cls",
+    "--scheduler-cls",
+    "--additional-config",
+    "--model",
+    "--host",
+    "--port",
+    "--api-key",
+    "--dtype",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is known before the engine starts. arguments: vLLM's own, parsed"""
+
+    settings: Settings
+    arguments: Any
+    model: ServedModel
+    live: LiveProbes
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    engine: Any
+    judge: Judge
+    plan: Plan
+    dtype: str
+    off: float
+    """Largest difference of a canary's logit from its card."""
+
+
+def plan(settings: Settings, extra: Sequence[str]) -> Plan:
+    """Read the model's configuration and its probes; parse vLLM's arguments.
+
+    extra: arguments for vLLM, as on its own command line
+    raises: MidstreamError
+    """
+    check_environment(VLLM_VERSION, settings.allow_untested_vllm)
+    taken = next((a for a in extra if a.split("=")[0] in _OURS), None)
+    if taken is not None:
+        raise ConfigInvalid(f"{taken.split('=')[0]} is set by midstream itself; use midstream's own option for it")
+    model = describe(settings)
+    live = load_live(model, Store(settings.store), settings)
+    parser = make_arg_parser(FlexibleArgumentParser(prog="midstream serve --engine vllm", exit_on_error=True))
+    name = locate(settings.model, settings.cache)
+    own = ["--model", str(name), "--host", settings.host, "--port", str(settings.port)]
+    own += ["--dtype", settings.dtype or live.probes[0].card.model.dtype]
+    if settings.revision is not None:
+        own += ["--revision", settings.revision]
+    given = {a.split("=")[0] for a in extra}
+    if "--shutdown-timeout" not in given:
+        own += ["--shutdown-timeout", str(round(settings.shutdown_timeout_s))]
+    if "--served-model-name" not in given:
+        own += ["--served-model-name", *dict.fromkeys([settings.model, model.name])]
+    arguments = parser.parse_args([*own, *extra])
+    validate_parsed_serve_args(arguments)
+    return Plan(settings, arguments, model, live)
+
+
+def describe(settings: Settings) -> ServedModel:
+    """Which model this is, from its configuration and tokenizer alone. raises: MidstreamError"""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = locate(settings.model, settings.cache)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, revision=settings.revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigInvalid(f"--model {settings.model!r} can't be loaded: {reason}") from error
+    if not config.name_or_path:
+        config.name_or_path = str(path)
+    identity, text = identify(config), config.get_text_config()
+    template = ChatTemplate(tokenizer)
+    return ServedModel(
+        identity.name,
+        identity.fingerprint,
+        settings.dtype or "auto",
+        text.hidden_size,
+        text.num_hidden_layers,
+        template,
+    )
+
+
+def engine_config(plan: Plan, worker: str = "monitor.engines.vllm.worker.MonitoredWorker") -> Any:
+    """vLLM's VllmConfig with our worker and scheduler in it. raises: MidstreamError for what is not supported"""
+    config: Any = AsyncEngineArgs.from_cli_args(plan.arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    check_config(config, plan.arguments.api_server_count or 1)
+    tap = tap_config(plan, config.model_config.architecture)
+    config.additional_config = {**config.additional_config, KEY: tap.as_dict()}
+    config.parallel_config.worker_cls = worker
+    kind = "MonitoredAsyncScheduler" if config.scheduler_config.async_scheduling else "MonitoredScheduler"
+    config.scheduler_config.scheduler_cls = f"monitor.engines.vllm.scheduler.{kind}"
+    return config
+
+
+def tap_config(plan: Plan, architecture: str) -> TapConfig:
+    width = max(plan.settings.probe_columns, len(plan.live.bank))
+    return TapConfig(plan.live.bank.layers, width, architecture)
+
+
+@asynccontextmanager
+async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIterator[Started]:
+    """The engine, its probes loaded and its canaries scored; shut down at the end.
+
+    raises: ProbeMismatch if a canary is off, and what vLLM raises if it can't start
+    """
+    config = config or engine_config(plan)
+    tap = TapConfig(**config.additional_config[KEY])
+    engine = AsyncLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=plan.arguments.enable_log_requests,
+        disable_log_stats=plan.arguments.disable_log_stats,
+    )
+    try:
+        judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
+        await judge.banks.load(plan.live)
+        off = await check_canaries(judge, plan.live, plan.model.template)
+        yield Started(engine, judge, plan, str(config.model_config.dtype).removeprefix("torch."), off)
+    finally:
+        engine.shutdown(timeout=config.shutdown_timeout)
+
+
+async def check_canaries(judge: Judge, live: LiveProbes, template: ChatTemplate) -> float:
+    """Through the whole engine: forward pass, scheduler, judge. raises: ProbeMismatch"""
+    scores: dict[tuple[int, ...], Scores] = {}
+    for prompt in canary_prompts(live, template):
+        scores[prompt.token_ids] = await judge.prefill(prompt)
+    return live.check_canaries(template, lambda prompt: scores[prompt.token_ids])
