@@ -36,7 +36,7 @@ test: setup check
 	$(BIN)/python -m pytest
 
 test-vllm: setup-vllm
-	$(BIN)/python -m pytest -o addopts='-q --strict-markers' tests/vllm
+	$(BIN)/python -m pytest -o addopts='-q --strict-markers' -o filterwarnings=default tests/vllm
 
 check: setup
 	$(BIN)/ruff check .

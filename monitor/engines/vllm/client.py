@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import FinishReason as Finish
 
@@ -101,6 +102,9 @@ class Judge:
         """
         if request.sampling_params is None or request.resumable or request.prompt_token_ids is None:
             raise _invalid("only generation from token ids is monitored; send a text prompt")
+        if request.sampling_params.seed is not None and current_platform.is_cpu():
+            # One such request would end the engine for everybody as soon as its prompt is prefilled in chunks.
+            raise _invalid("vLLM on a CPU can't sample with a seed; leave it out")
         call, bank = current(), self.banks.current
         judged = self._prompt(call, request.prompt_token_ids)
         request.cache_salt = f"{KEY}:{bank.epoch}:{request.cache_salt or ''}"

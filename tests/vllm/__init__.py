@@ -1,0 +1,1 @@
+"""Tests that start vLLM: run with `make test-vllm`."""
