@@ -64,7 +64,8 @@ class ChatTemplate:
         """What precedes the newest turn, as ids: for a prompt that somebody else has rendered. Empty if unknown."""
         try:
             history = self._history(messages) if self.has_chat else ""
-        except RequestInvalid:
+            history.encode()  # the tokenizer raises something else for half a surrogate pair
+        except (RequestInvalid, UnicodeEncodeError):
             return ()
         return self._ids(history) if history else ()
 

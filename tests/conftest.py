@@ -38,7 +38,6 @@ from probes_store.card import Canary, Card, ModelId
 from probes_store.store import Store
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
-
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"

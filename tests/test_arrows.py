@@ -31,6 +31,7 @@ MAY = {
     },
     "monitor.engines": PURE
     | {"monitor.config", "monitor.policy", "monitor.sequence", "monitor.live", "monitor.engines"},
+    "monitor.engines.vllm.launch": PURE | {"monitor.config", "monitor.live", "monitor.engines", "probes_store"},
     "monitor.api": PURE
     | {
         "monitor",

@@ -93,7 +93,7 @@ def test_a_layer_that_is_not_tapped_is_refused_and_nothing_changes(rpc):
 def test_more_probes_than_columns_are_refused_and_nothing_changes(rpc):
     async def run():
         banks = banks_of(rpc)
-        with pytest.raises(ProbeMismatch, match="3 probes do not fit into 2 columns.*probe_columns"):
+        with pytest.raises(ProbeMismatch, match=r"3 probes do not fit into 2 columns.*probe_columns"):
             await banks.load(live(1, n=3))
         with pytest.raises(ConfigInvalid):
             _ = banks.current

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -98,7 +99,10 @@ class Harness:
         return await self._stack.enter_async_context(launch.started(self.plan, self.sink, config))
 
     def run(self, coroutine: Any, timeout_s: float = 300) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+        return self.submit(coroutine).result(timeout_s)
+
+    def submit(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
         self.run(self._stack.aclose())
@@ -204,3 +208,39 @@ class VllmServer:
     def metric(self, name: str) -> float:
         lines = httpx.get(self.url + "/metrics", timeout=60).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+class Web:
+    """The harness's engine behind our application, on a real socket of this process."""
+
+    def __init__(self, running: Harness, **settings: Any) -> None:
+        import uvicorn
+        from prometheus_client import CollectorRegistry
+
+        from monitor.api.vllm.serve import build
+        from monitor.metrics import Metrics
+
+        self.harness, self.sink = running, running.sink
+        app = running.run(build(running.started, Metrics(CollectorRegistry())))
+        self.app = app
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        self._server.install_signal_handlers = lambda: None  # not the main thread
+        self._task = running.submit(self._server.serve(sockets=[self._listener]))
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._task.result(20)
+        self._listener.close()
+
+    def idle(self) -> bool:
+        """Nothing runs any more: vLLM resets its prefix cache only when no block is in use."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if self.harness.idle() and self.harness.run(self.harness.engine.reset_prefix_cache()):
+                return True
+            time.sleep(0.02)
+        return False

@@ -169,7 +169,7 @@ def test_hot_swap_under_sixteen_streams_fifty_times(engine, tiny, random_probe):
         seen.add(version)
         weight, bias = weights[version]
         check(engine, tiny, ProbeWeights("random", weight, bias), answered)
-    print(f"swaps: {len(answers)} requests over {len(seen)} versions, {sum(a.cached > 0 for a in answers)} with cache hits")
+    print(f"swaps: {len(answers)} requests, {len(seen)} versions, {sum(a.cached > 0 for a in answers)} with cache hits")
     assert len(seen) >= 25
 
 

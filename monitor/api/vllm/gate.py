@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monitor.api.errors import ApiError, ended_badly, prompt_blocked, unavailable
-from monitor.api.vllm.admit import admit, chat_messages, choices, n_prompts, route_format
+from monitor.api.vllm.admit import admit, chat_messages, route_format
 from monitor.api.vllm.wire import WIRES, Wire, parse_event
 from monitor.config import Settings
 from monitor.engines.vllm.call import CALL, Call, blocks_prompt
@@ -38,16 +39,16 @@ class Gate:
         outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None  # vLLM's validation says what is wrong with it
         if isinstance(body, dict):
             try:
-                admit(body, self._settings)
+                call.n, prompts = admit(self.path, body, self._settings)
             except ApiError as error:
                 await outgoing.refuse(error)
                 return
-            call.n = choices(body)
-            call.expected = call.n * n_prompts(body)
+            call.expected = call.n * prompts
+            call.model = str(body.get("model", ""))
             await self._know_history(call, body)
         token = CALL.set(call)
         try:
@@ -135,20 +136,28 @@ class Outgoing:
         await self._send({"type": "http.response.body", "body": body})
 
     async def _stream(self, more: bool) -> None:
+        arrived, self._held = self._rest + b"".join(self._held), []
+        cut = _end_of_events(arrived) if more else len(arrived)
+        whole, self._rest = arrived[:cut], arrived[cut:]
         if not self._begun:
-            self._wire.first = next((chunk for chunk in self._held if chunk), b"").split(b"\n\n")[0]
             await self._begin()
-        body, self._held = b"".join(self._held), []
+        self._wire.opened(whole)
         if self._call.blocked:
-            body = self._rewritten(body, more)
-        if body or not more:
-            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+            whole = b"".join(self._rewritten(event) for event in _BLANK_LINE.split(whole) if event.strip())
+        if whole or not more:
+            await self._send({"type": "http.response.body", "body": whole, "more_body": more})
 
-    def _rewritten(self, body: bytes, more: bool) -> bytes:
-        *events, self._rest = (self._rest + body).split(b"\n\n")
-        if not more and self._rest.strip():
-            events.append(self._rest)
-        return b"".join(b"".join(self._wire.event(*parse_event(event))) for event in events if event.strip())
+    def _rewritten(self, event: bytes) -> bytes:
+        parsed = parse_event(event)
+        return event + b"\n\n" if parsed is None else b"".join(self._wire.event(*parsed))
+
+
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+
+
+def _end_of_events(data: bytes) -> int:
+    """Where the last whole event ends."""
+    return max((m.end() for m in _BLANK_LINE.finditer(data)), default=0)
 
 
 async def _read(receive: Receive) -> bytes | None:

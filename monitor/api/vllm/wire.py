@@ -7,6 +7,7 @@ server-sent events. Only answers with a blocked choice are looked into.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,10 @@ class Wire:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.first = b""  # the first event that went out, for the envelope of an event of ours
+        self.first = b""  # the first events that went out, for the envelope of an event of ours
+
+    def opened(self, events: bytes) -> None:
+        self.first = self.first or events
 
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
@@ -42,20 +46,32 @@ def sse(name: str | None, data: object) -> bytes:
     return head + b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def parse_event(raw: bytes) -> tuple[str | None, dict[str, Any] | None]:
+Event = tuple[str | None, dict[str, Any] | None]
+
+
+def parse_event(raw: bytes) -> Event | None:
+    """(name, data) of a server-sent event, data None for [DONE]; None for a comment or what holds no JSON object"""
     name, data = None, b""
     for line in raw.splitlines():
         if line.startswith(b"event:"):
-            name = line[6:].strip().decode()
+            name = line[6:].strip().decode(errors="replace")
         elif line.startswith(b"data:"):
             data += line[5:].strip()
-    return name, None if data == b"[DONE]" else json.loads(data)
+    if data == b"[DONE]":
+        return name, None
+    try:
+        parsed = json.loads(data)
+    except ValueError:
+        return None
+    return (name, parsed) if isinstance(parsed, dict) else None
 
 
 class _Choices(Wire):
     """Routes that answer with `choices`."""
 
     ending: dict[str, Any]
+    prefix: str
+    chunk: str
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -90,34 +106,39 @@ class _Choices(Wire):
             message["content"] = ""
 
     def _envelope(self) -> dict[str, Any]:
-        first = parse_event(self.first)[1] or {}
-        return {key: first[key] for key in ("id", "object", "created", "model") if key in first}
+        own = {"id": f"{self.prefix}-{self.call.id}", "object": self.chunk, "created": int(time.time())}
+        parsed = parse_event(self.first.partition(b"\n\n")[0])
+        first = parsed[1] if parsed is not None and parsed[1] is not None else {}
+        return own | {"model": self.call.model} | {key: first[key] for key in (*own, "model") if key in first}
 
 
 class ChatWire(_Choices):
+    prefix, chunk = "chatcmpl", "chat.completion.chunk"
     ending = {"delta": {}, "logprobs": None, "finish_reason": FILTERED}  # noqa: RUF012
 
 
 class CompletionWire(_Choices):
+    prefix, chunk = "cmpl", "text_completion"
     ending = {"text": "", "logprobs": None, "finish_reason": FILTERED}  # noqa: RUF012
+
+
+_SAID = ("message", "reasoning")  # what an answer says; every other item calls something
 
 
 class ResponsesWire(Wire):
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
-        output = [
-            item | {"status": "incomplete"} for item in body["output"] if item["type"] in ("message", "reasoning")
-        ]
+        output = [item | {"status": "incomplete"} for item in body["output"] if item["type"] in _SAID]
         return body | {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
 
     def event(self, name: str | None, data: dict[str, Any] | None) -> Iterator[bytes]:
         if data is None:
             yield b"data: [DONE]\n\n"
             return
-        kind = data["type"]
+        kind, item = data["type"], data.get("item")
         if kind in ("response.completed", "response.failed"):
             kind = "response.incomplete"
             data = data | {"type": kind, "response": self.whole(data["response"])}
-        elif "function_call" in kind or data.get("item", {}).get("type") == "function_call":
+        elif "_call" in kind or (item is not None and item["type"] not in _SAID):
             return
         elif kind == "response.output_item.done":
             data = data | {"item": data["item"] | {"status": "incomplete"}}
@@ -147,6 +168,10 @@ class MessagesWire(Wire):
         },
     }
 
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._dropped: set[int] = set()  # blocks that were never begun
+
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
         content = [block for block in body["content"] if block["type"] in ("text", "thinking")]
         return body | self.refusal | {"content": content}
@@ -158,6 +183,11 @@ class MessagesWire(Wire):
         if data["type"] == "message_delta":
             data = data | {"delta": data["delta"] | self.refusal}
         elif data.get("delta", {}).get("type") == "input_json_delta":
+            return
+        elif data.get("content_block", {}).get("type") == "tool_use":
+            self._dropped.add(data["index"])
+            return
+        elif data["type"] == "content_block_stop" and data["index"] in self._dropped:
             return
         yield sse(data["type"], data)
 

@@ -24,6 +24,7 @@ class Call:
 
     route: str
     format: Format
+    model: str = ""
     n: int = 1
     expected: int = 1
     history: tuple[int, ...] = ()
