@@ -68,6 +68,28 @@ def serve(
     raise typer.Exit(_run_server(settings, context.args))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def check(
+    context: typer.Context,
+    engine: Annotated[str, typer.Option(help="vllm; its arguments may follow.")] = "vllm",
+    model: Model = None,
+    config: Config = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    allow_untested_vllm: Annotated[bool | None, typer.Option("--allow-untested-vllm")] = None,
+) -> None:
+    """Start an engine with the tap, score the cards' canaries through it, and print what was found."""
+    settings = load_settings(
+        config, engine=engine, model=model, store=store, dtype=dtype, allow_untested_vllm=allow_untested_vllm
+    )
+    if settings.engine != "vllm":
+        raise ConfigInvalid(f"--engine {engine!r}: only vllm has something to check; the embedded one does it at start")
+    _need_vllm()
+    from monitor.engines.vllm.check import check as run
+
+    raise typer.Exit(run(settings, context.args))
+
+
 def _run_server(settings: Settings, extra: list[str]) -> int:
     if settings.engine == "vllm":
         _need_vllm()

@@ -576,7 +576,6 @@ def test_json_that_is_nested_too_deeply_is_for_vllm_to_refuse(tiny, raw):
         {"input": 5},
         {"input": [{"type": "function_call_output", "output": "x"}]},
         {"prompt": {"a": 1}},
-        {"prompt": [None]},
     ],
     ids=json.dumps,
 )

@@ -8,6 +8,7 @@ weights of today.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ class BankTap:
         self.d_model: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
         self.blocks = [blocks[layer] for layer in config.layers]
         self.epochs = (-1,) * config.n_banks
+        self._device = device
         self._bias = np.full((config.n_banks, config.width), np.nan, dtype=np.float32)
         self._reads = np.ones((len(config.layers), config.n_banks, config.width), dtype=bool)
         whole = whole_stream(config.architecture)
@@ -87,6 +89,20 @@ class BankTap:
         total += bias
         return total
 
+    def seconds(self, n_tokens: int, dtype: torch.dtype, repeats: int = 200) -> float:
+        """Median seconds of the tap's products over all layers for `n_tokens` rows, on the model's device."""
+        hidden = torch.randn(n_tokens, self.d_model, dtype=dtype, device=self._device)
+        out = torch.empty(n_tokens, self.config.n_banks * self.config.width, device=self._device)
+        times = []
+        for _ in range(repeats):
+            _synchronize(self._device)
+            began = time.perf_counter()
+            for block in self.blocks:
+                tap_op(hidden, hidden, block.midstream_weight, out)
+            _synchronize(self._device)
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
     @property
     def constants(self) -> tuple[Scores, Any, tuple[int, ...]]:
         return self._bias, self._reads, self.epochs
@@ -102,6 +118,11 @@ def _whole(block: nn.Module, _args: Any, output: Any) -> None:
     """A block that returns the whole stream, alone or first in a tuple."""
     hidden = output[0] if isinstance(output, tuple) else output
     tap_op(hidden, None, block.midstream_weight, block.midstream_out)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -255,4 +276,8 @@ class MonitoredWorker(_Worker):
             "compiled": str(compilation.mode.name),
             "cuda_graphs": str(compilation.cudagraph_mode.name),
             "kv_cache_groups": len(self.model_runner.kv_cache_config.kv_cache_groups),
+            "tap_seconds": self.tap.seconds(1, self.model_config.dtype),
         }
+
+    def midstream_tap_seconds(self, n_tokens: int) -> float:
+        return self.tap.seconds(n_tokens, self.model_config.dtype)
