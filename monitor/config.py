@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     engine: Literal["embedded", "vllm"] = "embedded"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Default: float32 in the embedded engine, what the probes were calibrated in with vLLM."""
+    canary_tolerance: float | None = Field(None, gt=0, le=2)
+    """Largest difference of a canary's logit, instead of the card's: for a dtype that the probes were not made in."""
     store: Path = Field(default_factory=lambda: state_dir() / "probes")
     cache: Path = Field(default_factory=cache_dir)
 

@@ -35,9 +35,12 @@ class LiveProbes:
     bank: ProbeBank
     rules: Mapping[Format, tuple[Rule, ...]]
 
-    def check_canaries(self, template: ChatTemplate, score: Callable[[Prompt], Scores]) -> float:
+    def check_canaries(
+        self, template: ChatTemplate, score: Callable[[Prompt], Scores], tolerance: float | None = None
+    ) -> float:
         """Score every card's canaries; returns the largest difference, in logits.
 
+        tolerance: the operator's, instead of the cards'
         raises: ProbeMismatch if one is further off than its card allows, or not finite
         """
         largest = 0.0
@@ -48,11 +51,12 @@ class LiveProbes:
                 got = score(prompt)[counted(prompt), column]
                 expected = np.array(canary.scores, dtype=np.float32)
                 off = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
-                if not off <= card.canary_tolerance:  # also when it is NaN
+                allowed = card.canary_tolerance if tolerance is None else tolerance
+                if not off <= allowed:  # also when it is NaN
                     raise ProbeMismatch(
                         f"probe {card.name} {card.version}: canary {canary.text[:32]!r} is off by {off:.3g} logits, "
-                        f"{card.canary_tolerance:g} is allowed; serve the model it was trained on, in "
-                        f"{card.model.dtype}, or train again"
+                        f"{allowed:g} is allowed; serve the model it was trained on, in {card.model.dtype}, or train "
+                        "again (another dtype shifts scores a little: accept that with MIDSTREAM_CANARY_TOLERANCE)"
                     )
                 largest = max(largest, off)
         return largest

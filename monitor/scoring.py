@@ -41,7 +41,7 @@ def score_text(settings: Settings, text: str) -> ScoredText:
 
     model, live = load(settings)
     engine = EmbeddedEngine(model, live, settings, Metrics())
-    live.check_canaries(model.template, engine.prefill)
+    live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
     prompt = model.template.encode([{"role": "user", "content": text}])
     scores = engine.prefill(prompt)
     watch = Watch(prompt, live.rules["chat"])

@@ -38,6 +38,19 @@ from probes_store.card import Canary, Card, ModelId
 from probes_store.store import Store
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--attack", action="store_true", help="the long attack and fault runs too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--attack"):
+        for item in items:
+            if item.get_closest_marker("attack"):
+                item.add_marker(pytest.mark.skip(reason="long: run with --attack"))
+
+
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"

@@ -125,7 +125,7 @@ def serve(settings: Settings) -> int:
 
         engine = EmbeddedEngine(model, live, settings, sinks, died)
         stack.callback(engine.stop, 0.0)
-        off = live.check_canaries(model.template, engine.prefill)
+        off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
         announce(metrics, live, lambda: engine.describe()["active"], sinks)
         metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})

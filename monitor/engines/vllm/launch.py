@@ -142,15 +142,16 @@ async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIt
     try:
         judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
         await judge.banks.load(plan.live)
-        off = await check_canaries(judge, plan.live, plan.model.template)
+        off = await check_canaries(judge, plan)
         yield Started(engine, judge, plan, str(config.model_config.dtype).removeprefix("torch."), off)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
 
 
-async def check_canaries(judge: Judge, live: LiveProbes, template: ChatTemplate) -> float:
+async def check_canaries(judge: Judge, plan: Plan) -> float:
     """Through the whole engine: forward pass, scheduler, judge. raises: ProbeMismatch"""
+    live, template = plan.live, plan.model.template
     scores: dict[tuple[int, ...], Scores] = {}
     for prompt in canary_prompts(live, template):
         scores[prompt.token_ids] = await judge.prefill(prompt)
-    return live.check_canaries(template, lambda prompt: scores[prompt.token_ids])
+    return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
