@@ -35,6 +35,8 @@ class ChatTemplate:
             raise ModelUnsupported(f"{type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed")
         self.tokenizer = tokenizer
         self.has_chat = bool(tokenizer.chat_template)
+        # A template that can be told to reason writes other tokens before the answer.
+        self.switches = any(name in str(tokenizer.chat_template) for name in ("thinking", "reasoning"))
         specials = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special = frozenset(specials) | frozenset(tokenizer.all_special_ids)
         text = "\x00".join([str(tokenizer.chat_template), *(str(specials[i]) for i in sorted(specials))])

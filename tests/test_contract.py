@@ -64,6 +64,5 @@ def starred(start, star_probe):
 
 class TestEmbedded(Contract):
     @BOTH
-    @pytest.mark.xfail(strict=True, reason="only a request that was planned has its id in an error's header")
     def test_errors_have_an_id_too(self, calm, path):
         super().test_errors_have_an_id_too(calm, path)

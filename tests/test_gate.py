@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor.aggregate import Aggregation
+from monitor.api.errors import ApiError
 from monitor.api.vllm import admit
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.wire import WIRES, sse
@@ -178,10 +179,18 @@ def test_a_stream_starts_when_every_prompt_has_its_verdict(tiny):
     assert answer.body == answer.parts[0] + DONE
 
 
+@pytest.mark.parametrize(("code", "status"), [(400, 400), (503, 503), (None, 400), ("x", 400), (200, 400)])
+def test_an_error_that_a_stream_begins_with_becomes_the_answers_status(tiny, code, status):
+    """vLLM validates some fields only once it streams."""
+    error = {"error": {"message": "no", "code": code}}
+    sent = ask(tiny, Inner(stream(), part(sse(None, error)), nothing_yet, END), {"messages": [user()]})
+    answer = Answer(sent)
+    assert (answer.status, json.loads(answer.body)) == (status, error)
+
+
 def test_a_stream_that_ends_unjudged_is_sent_at_its_end(tiny):
-    """An error of vLLM's own may come as a stream."""
-    error = sse(None, {"error": {"message": "no"}})
-    assert Answer(ask(tiny, Inner(stream(), part(error), nothing_yet, END), {"messages": [user()]})).body == error
+    said = sse(None, {"object": "nothing"})
+    assert Answer(ask(tiny, Inner(stream(), part(said), nothing_yet, END), {"messages": [user()]})).body == said
 
 
 def test_a_whole_answer_is_untouched_without_a_block(tiny):
@@ -430,6 +439,15 @@ def test_each_refused_value_is_a_400_and_its_opposite_is_not(tiny, field):
         assert error["param"] == field and error["code"] == "unsupported_field"
     for same in (fixed, None):
         assert call_of(tiny, {"messages": [user()], field: same})
+
+
+@pytest.mark.parametrize("field", admit._SWITCHES)
+def test_what_switches_reasoning_in_a_template_is_refused_where_the_template_has_switches(field):
+    body = {"messages": [user()], field: {"type": "disabled"}}
+    assert admit.admit(CHAT, body, load_settings(), switches=False) == (1, 1)
+    with pytest.raises(ApiError) as refusal:
+        admit.admit(CHAT, body, load_settings(), switches=True)
+    assert refusal.value.error["param"] == field
 
 
 def test_completions_may_choose_their_special_tokens(tiny):

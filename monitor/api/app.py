@@ -18,6 +18,7 @@ from monitor.api.errors import ApiError, validation
 from monitor.api.openai import Service, openai_routes
 from monitor.metrics import Metrics
 
+ID_HEADER = b"x-midstream-request-id"
 _MAX_ECHO = 128
 
 
@@ -43,32 +44,27 @@ def create_app(service: Service, metrics: Metrics, ready: Callable[[], str | Non
         metrics.ready.set(ready() is None)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def refuse(request: Request, error: ApiError) -> JSONResponse:
+    def refuse(error: ApiError) -> JSONResponse:
         metrics.rejected.labels(str(error.status)).inc()
-        response = error.response()
-        if hasattr(request.state, "request_id"):
-            response.headers["x-midstream-request-id"] = request.state.request_id
-        return response
+        return error.response()
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return refuse(request, error)
+        return refuse(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refuse(request, validation(error.errors()))
+        return refuse(validation(error.errors()))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         # A bug of ours; starlette logs its traceback. The client gets the shape it can read, and no details.
-        return refuse(request, ApiError(500, "internal error; the server's log says more", kind="server_error"))
+        return refuse(ApiError(500, "internal error; the server's log says more", kind="server_error"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         hint = f"{request.method} {request.url.path[:80]}: {error.detail}"
-        return refuse(
-            request, ApiError(error.status_code, hint, code="not_found" if error.status_code == 404 else None)
-        )
+        return refuse(ApiError(error.status_code, hint, code="not_found" if error.status_code == 404 else None))
 
     return Front(app, service.settings.api_key, service.settings.max_body_bytes)
 
@@ -86,6 +82,7 @@ class Front:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        send = _identified(scope, send)
         if not self._admitted(scope["path"], headers):
             error = ApiError(401, "wrong or missing API key; send `Authorization: Bearer KEY`", code="invalid_api_key")
             await error.response()(scope, receive, send)
@@ -118,6 +115,25 @@ class Front:
             return True
         given = headers.get(b"authorization", b"")
         return given[:7].lower() == b"bearer " and secrets.compare_digest(given[7:], self._key)
+
+
+def own_id(scope: Scope) -> str:
+    """Our random id of a request: the key of its records. One is made where nobody has."""
+    state = scope.setdefault("state", {})
+    identity: str = state.setdefault("midstream_id", secrets.token_hex(16))
+    return identity
+
+
+def _identified(scope: Scope, send: Send) -> Send:
+    """Our id on every answer, whoever gives it."""
+    identity = own_id(scope).encode()
+
+    async def with_id(message: Message) -> None:
+        if message["type"] == "http.response.start" and ID_HEADER not in dict(message["headers"]):
+            message["headers"] = [*message["headers"], (ID_HEADER, identity)]
+        await send(message)
+
+    return with_id
 
 
 def _echo(client_id: bytes | None, send: Send) -> Send:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,23 +81,26 @@ def openai_routes(service: Service) -> APIRouter:
         shape: ChatShape | CompletionShape,
         route: str,
     ) -> Response:
-        request = plan(body, prompts, limit, logprobs, route)
+        request = plan(http.state.midstream_id, body, prompts, limit, logprobs, route)
         answer = Answer(engine, request)
-        headers = {"x-midstream-request-id": request.id}
-        http.state.request_id = request.id
         await answer.judge_prompts(http)
         n_prompt = sum(len(p.token_ids) for p in prompts)
         base = envelope(shape, request.id, body.model, chunk=body.stream)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream(answer, shape, base, n_prompt if with_usage else None)
-            return JudgedStream(answer, events, media_type="text/event-stream", headers=_SSE | headers)
+            return JudgedStream(answer, events, media_type="text/event-stream", headers=_SSE)
         async with answer.guarded(http):
             choices = await gather(answer, shape)
-        return JSONResponse(base | {"choices": choices, "usage": usage(n_prompt, answer.released)}, headers=headers)
+        return JSONResponse(base | {"choices": choices, "usage": usage(n_prompt, answer.released)})
 
     def plan(
-        body: Generate, prompts: Sequence[Prompt], limit: int | None, logprobs: int | None, route: str
+        request_id: str,
+        body: Generate,
+        prompts: Sequence[Prompt],
+        limit: int | None,
+        logprobs: int | None,
+        route: str,
     ) -> GenerationRequest:
         if body.model not in service.names:
             raise ApiError(
@@ -124,7 +126,7 @@ def openai_routes(service: Service) -> APIRouter:
             sampling = body.sampling(limit or min(room, settings.default_max_tokens), service.vocabulary, logprobs)
         except RequestInvalid as error:
             raise from_domain(error) from error
-        return GenerationRequest(secrets.token_hex(16), tuple(prompts), n, sampling, route)
+        return GenerationRequest(request_id, tuple(prompts), n, sampling, route)
 
     return routes
 

@@ -4,7 +4,6 @@ import queue
 import statistics
 import time
 
-import numpy as np
 import torch
 
 from monitor.aggregate import Aggregation
@@ -15,6 +14,7 @@ from monitor.live import LiveProbes
 from monitor.policy import Rule
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.types import GenerationRequest, Mode, Phase, Sampling
+from tests.bench.pairs import ratio, say
 
 TOKENS = 48
 PAIRS = 6
@@ -56,18 +56,6 @@ def tokens_per_second(engine: EmbeddedEngine, model: LoadedModel, streams: int) 
         tokens += delta.n_tokens
         ended += delta.finish is not None
     return tokens / (time.perf_counter() - began)
-
-
-def ratio(pairs: list[tuple[float, float]]) -> str:
-    """Median of the paired ratios, with its 95 % bootstrap interval."""
-    ratios = np.array([a / b for a, b in pairs])
-    random = np.random.default_rng(0)
-    low, high = np.percentile([np.median(random.choice(ratios, len(ratios))) for _ in range(2000)], [2.5, 97.5])
-    return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
-
-
-def say(line: str) -> None:
-    print(line, flush=True)  # minutes lie between two lines
 
 
 def main() -> None:

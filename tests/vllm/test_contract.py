@@ -63,11 +63,9 @@ def starred(start):
 
 class TestVllm(Contract):
     @pytest.mark.parametrize(("path", "body"), LATE, ids=str)
-    @pytest.mark.xfail(strict=True, reason="vLLM validates inside its stream: 200, an error event and [DONE]")
     def test_what_the_engine_alone_can_refuse_is_a_bad_request_streaming_too(self, calm, path, body):
         super().test_what_the_engine_alone_can_refuse_is_a_bad_request_streaming_too(calm, path, body)
 
     @BOTH
-    @pytest.mark.xfail(strict=True, reason="FastAPI answers the 413 that Front raises: {'detail': ...}")
     def test_a_body_over_the_bound_that_was_not_announced_is_too_large_too(self, calm, path):
         super().test_a_body_over_the_bound_that_was_not_announced_is_too_large_too(calm, path)

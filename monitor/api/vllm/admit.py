@@ -24,6 +24,8 @@ _REFUSED: Mapping[str, str] = {
     "mm_processor_kwargs": _POSITIONS,
     "previous_response_id": "names an answer that is not kept here",
 }
+# What vLLM turns into arguments of a chat template that knows about reasoning.
+_SWITCHES = ("reasoning_effort", "reasoning", "thinking", "output_config")
 # Switches of which only one position is monitored. vLLM reads strings and numbers as booleans too ("on", 1): so
 # anything but that position, spelled as JSON spells it, is refused.
 _FIXED: Mapping[str, tuple[bool, str]] = {
@@ -37,14 +39,18 @@ _FIXED: Mapping[str, tuple[bool, str]] = {
 Message = dict[str, str]
 
 
-def admit(path: str, body: Mapping[str, Any], settings: Settings) -> tuple[int, int]:
+def admit(path: str, body: Mapping[str, Any], settings: Settings, switches: bool = False) -> tuple[int, int]:
     """(answers per prompt, prompts) of a request to a generating route.
 
+    switches: the chat template has switches for reasoning, which these fields would turn
     raises: ApiError 400 for a field that may not be sent, or more choices or prompts than the server allows
     """
     for field, why in _REFUSED.items():
         if body.get(field) is not None:
             raise _unsupported(field, field, why)
+    for field in _SWITCHES if switches else ():
+        if body.get(field) is not None:
+            raise _unsupported(field, field, _POSITIONS)
     for field, (fixed, why) in _FIXED.items():
         value = body.get(field)
         allowed = value is None or value is fixed or (field == "add_special_tokens" and path == COMPLETIONS)

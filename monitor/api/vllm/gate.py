@@ -9,8 +9,11 @@ import re
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from monitor.api.app import ID_HEADER, own_id
 from monitor.api.errors import ApiError, ended_badly, prompt_blocked, unavailable
 from monitor.api.vllm.admit import admit, chat_messages, route_format
 from monitor.api.vllm.wire import WIRES, Wire, parse_event
@@ -19,8 +22,6 @@ from monitor.engines.vllm.call import CALL, Call, blocks_prompt
 from monitor.metrics import Metrics
 from monitor.template import ChatTemplate
 from monitor.types import Record
-
-ID_HEADER = b"x-midstream-request-id"
 
 
 class Gate:
@@ -32,18 +33,22 @@ class Gate:
         self._route = path.removeprefix("/v1/").replace("chat/completions", "chat").replace("/", "-")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await _read(receive)
+        call = Call(self._route, route_format(self.path), id=own_id(scope))
+        outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
+        try:
+            raw = await _read(receive)
+        except HTTPException as error:  # larger than it said
+            await outgoing.refuse(ApiError(error.status_code, error.detail, code="body_too_large"))
+            return
         if raw is None:
             return  # gone before it had asked
-        call = Call(self._route, route_format(self.path))
-        outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
             body = None  # vLLM's validation says what is wrong with it
         if isinstance(body, dict):
             try:
-                call.n, prompts = admit(self.path, body, self._settings)
+                call.n, prompts = admit(self.path, body, self._settings, self._template.switches)
             except ApiError as error:
                 await outgoing.refuse(error)
                 return
@@ -94,14 +99,17 @@ class Outgoing:
             await self._whole()
 
     async def refuse(self, error: ApiError) -> None:
-        self._metrics.rejected.labels(str(error.status)).inc()
+        await self._answer(error.response(), self._wire.error(error))
+
+    async def _answer(self, response: Response, content: Any) -> None:
+        """An error of ours, whatever vLLM had begun to say."""
+        self._metrics.rejected.labels(str(response.status_code)).inc()
         self._done = True
-        response = error.response()
-        response.body = json.dumps(self._wire.error(error)).encode()
+        body = json.dumps(content).encode()
         headers = [(k, v) for k, v in response.raw_headers if k != b"content-length"]
-        headers += [(b"content-length", str(len(response.body)).encode()), (ID_HEADER, self._call.id.encode())]
-        await self._send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": response.body})
+        headers += [(b"content-length", str(len(body)).encode()), (ID_HEADER, self._call.id.encode())]
+        await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
     @property
     def _is_stream(self) -> bool:
@@ -140,6 +148,11 @@ class Outgoing:
         cut = _end_of_events(arrived) if more else len(arrived)
         whole, self._rest = arrived[:cut], arrived[cut:]
         if not self._begun:
+            if self._call.started == 0 and (late := _refused_late(whole)) is not None:
+                code = late["error"].get("code")
+                status = code if isinstance(code, int) and 400 <= code < 600 else 400
+                await self._answer(JSONResponse({}, status), late)
+                return
             await self._begin()
         self._wire.opened(whole)
         if self._call.blocked:
@@ -150,6 +163,13 @@ class Outgoing:
     def _rewritten(self, event: bytes) -> bytes:
         parsed = parse_event(event)
         return event + b"\n\n" if parsed is None else b"".join(self._wire.event(*parsed))
+
+
+def _refused_late(events: bytes) -> dict[str, Any] | None:
+    """The error that a stream begins with: vLLM validates some fields only once it streams."""
+    parsed = parse_event(_BLANK_LINE.split(events, maxsplit=1)[0])
+    content = parsed[1] if parsed is not None else None
+    return content if content is not None and isinstance(content.get("error"), dict) else None
 
 
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")

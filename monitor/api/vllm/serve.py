@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import uvloop
 from fastapi import FastAPI
@@ -95,13 +98,34 @@ async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, metrics:
         announce(metrics, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))
         host, port = listener.getsockname()[:2]
-        console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
+        ready = f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)"
+        saying = asyncio.create_task(_say_when_listening(app, console, ready))
+        ordered = _note_shutdown(running.engine)
         stopped = await serve_http(
             app, sock=listener, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=5
         )
-        died = running.engine.errored
+        saying.cancel()
+        died = running.engine.errored and not ordered.is_set()
     await stopped
     return EXIT_ENGINE_DIED if died else 0
+
+
+async def _say_when_listening(app: FastAPI, console: Console, line: str) -> None:
+    while not getattr(getattr(app.state, "server", None), "started", False):  # noqa: ASYNC110 - uvicorn has no event
+        await asyncio.sleep(0.05)
+    console.print(line, highlight=False)
+
+
+def _note_shutdown(engine: Any) -> threading.Event:
+    """Set when the engine is told to stop: one that was stopped looks like one that died."""
+    ordered, shutdown = threading.Event(), engine.shutdown
+
+    def noted(timeout: float | None = None) -> None:
+        ordered.set()
+        shutdown(timeout=timeout)
+
+    engine.shutdown = noted
+    return ordered
 
 
 async def build(running: Started, metrics: Metrics) -> FastAPI:

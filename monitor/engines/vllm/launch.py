@@ -34,6 +34,17 @@ _OURS = (
     "--dtype",
 )
 
+# Settings of the embedded engine that vLLM has arguments of its own for.
+_VLLM_HAS = {
+    "max_sequences": "vLLM's --max-num-seqs",
+    "max_step_tokens": "vLLM's --max-num-batched-tokens",
+    "kv_tokens": "vLLM's --kv-cache-memory-bytes",
+    "max_queue": "vLLM's --max-num-queued-reqs",
+    "max_model_len": "vLLM's --max-model-len",
+    "default_max_tokens": "vLLM's --override-generation-config",
+    "threads": "OMP_NUM_THREADS",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -62,6 +73,11 @@ def plan(settings: Settings, extra: Sequence[str]) -> Plan:
     raises: MidstreamError
     """
     check_environment(VLLM_VERSION, settings.allow_untested_vllm)
+    for setting, remedy in _VLLM_HAS.items():
+        if setting in settings.model_fields_set:
+            raise ConfigInvalid(f"setting {setting!r} is the embedded engine's; with --engine vllm use {remedy}")
+    if settings.score_last:
+        raise ConfigInvalid("score_last is not supported with vLLM yet; leave it out")
     taken = next((a for a in extra if a.split("=")[0] in _OURS), None)
     if taken is not None:
         raise ConfigInvalid(f"{taken.split('=')[0]} is set by midstream itself; use midstream's own option for it")

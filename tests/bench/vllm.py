@@ -1,0 +1,166 @@
+"""vLLM monitored against plain vLLM, in alternation in one go. CAP_S=seconds for each comparison (default 240).
+
+Both engines are up the whole time; while one works the other waits. Throughput at 32 concurrent requests, time per
+token of one stream, time to the first text with and without the hold, what the tap itself costs, and what the usual
+alternative costs: a second pass over prompt and answer through a model that judges.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from monitor.config import DEMO_MODEL, cache_dir
+from monitor.engines.embedded.model import load_model
+from monitor.probe import ProbeWeights
+from tests.bench.pairs import measure, say, verdict
+from tests.conftest import calibrated
+from tests.vllm.conftest import Harness, make_plan
+
+CAP_S = float(os.environ.get("CAP_S", "240"))
+STREAMS, TOKENS = 32, 48
+ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-prefix-caching", *sys.argv[1:]]
+
+
+class Plain(Harness):
+    """vLLM as it is, on the same loop machinery."""
+
+    async def _start(self):
+        config = AsyncEngineArgs.from_cli_args(self.plan.arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        engine = AsyncLLM.from_vllm_config(config)
+        self._stack.callback(engine.shutdown, timeout=5)
+        return type("Started", (), {"engine": engine, "judge": None})
+
+
+def plan_with(model, n_probes):
+    torch.manual_seed(0)
+    layer = model.n_layers // 2
+    probes = [
+        (ProbeWeights(f"p{i}", {layer: torch.randn(model.d_model) / 24}, 0.0), {"calibration": calibrated(1e6)})
+        for i in range(n_probes)
+    ]
+    modes = {f"p{i}": {"prompt": "block", "response": "block"} for i in range(n_probes)}
+    folder = Path(tempfile.mkdtemp())
+    return make_plan(model, folder, probes, ARGUMENTS, modes=modes, dtype="float32", target_fpr=0.4)
+
+
+def prompts(model, n):
+    texts = [f"Write a story about number {i} and the sea." for i in range(n)]
+    return [model.template.encode([{"role": "user", "content": t}]) for t in texts]
+
+
+def throughput(harness, model):
+    """Tokens per second of 32 requests at once."""
+    began = time.perf_counter()
+    answers = harness.run(harness.ask_all(prompts(model, STREAMS), max_tokens=TOKENS, ignore_eos=True))
+    return sum(len(a.ids[0]) for a in answers) / (time.perf_counter() - began)
+
+
+async def one_stream(engine, prompt, tokens):
+    """(seconds to the first text, seconds per token after it) of one stream."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    began, first, n = time.perf_counter(), None, 0
+    async for output in engine.generate({"prompt_token_ids": list(prompt.token_ids)}, params, str(began)):
+        if first is None and output.outputs[0].text:
+            first, n = time.perf_counter(), -len(output.outputs[0].token_ids)
+        n += len(output.outputs[0].token_ids)
+    return first - began, (time.perf_counter() - first) / n
+
+
+def compare(plain, ours, model, n_probes):
+    (prompt,) = prompts(model, 1)
+    for harness in (plain, ours):
+        throughput(harness, model)  # warm
+    found, pairs = measure(lambda: throughput(ours, model), lambda: throughput(plain, model), CAP_S)
+    rates = [statistics.median(p[i] for p in pairs) for i in (0, 1)]
+    target = verdict(found, found.low >= 0.98, found.high < 0.98)
+    say(
+        f"{n_probes:2} probes, {STREAMS} streams: {rates[0]:.0f} tokens/s against {rates[1]:.0f} plain; ratio {found} "
+        f"(target >= 0.98: {target})"
+    )
+    firsts = {id(ours): [], id(plain): []}
+
+    def per_token(harness):
+        first, each = harness.run(one_stream(harness.engine, prompt, TOKENS))
+        firsts[id(harness)].append(first)
+        return each
+
+    found, pairs = measure(lambda: per_token(ours), lambda: per_token(plain), CAP_S)
+    each = [1000 * statistics.median(p[i] for p in pairs) for i in (0, 1)]
+    target = verdict(found, found.high <= 1.02, found.low > 1.02)
+    say(
+        f"{n_probes:2} probes, one stream: {each[0]:.2f} ms a token against {each[1]:.2f} plain; ratio {found} "
+        f"(target <= 1.02: {target})"
+    )
+    held, free = (1000 * statistics.median(firsts[id(h)]) for h in (ours, plain))
+    say(f"{n_probes:2} probes, time to first text: {held:.0f} ms with the hold of one token, {free:.0f} plain")
+
+
+def tap_cost(ours, model, n_probes):
+    """The tap's own products against the time that their bytes take at this machine's copying speed."""
+    big = torch.empty(64 * 2**20)
+    began = time.perf_counter()
+    for _ in range(5):
+        big.add_(1.0)
+    bandwidth = 5 * 2 * big.nbytes / (time.perf_counter() - began)
+    (report,) = ours.run(ours.engine.collective_rpc("midstream_report"))
+    for n in (1, STREAMS):
+        (seconds,) = ours.run(ours.engine.collective_rpc("midstream_tap_seconds", args=(n,)))
+        columns = 2 * max(8, n_probes)
+        n_bytes = 4 * (report["d_model"] * columns + 2 * n * report["d_model"] + n * columns)
+        say(
+            f"{n_probes:2} probes, tap of {n} tokens: {1e6 * seconds:.0f} µs, {1e6 * seconds / n:.1f} a token; its "
+            f"{n_bytes / 1024:.0f} KiB at {bandwidth / 2**30:.1f} GiB/s would take {1e6 * n_bytes / bandwidth:.1f} µs"
+        )
+
+
+def second_pass(plain, model):
+    """A judge of the same size reads prompt and answer once, after the answer: the cost beside the answer's own."""
+    (prompt,) = prompts(model, 1)
+    answer = plain.run(plain.ask(prompt, max_tokens=TOKENS, ignore_eos=True))
+    judge = "Is this conversation harmful? " + answer.texts[0]
+    to_judge = model.template.encode([{"role": "user", "content": judge}])
+    answering, judging = [], []
+    for _ in range(6):
+        began = time.perf_counter()
+        plain.run(plain.ask(prompt, max_tokens=TOKENS, ignore_eos=True))
+        middle = time.perf_counter()
+        plain.run(plain.ask(to_judge, max_tokens=1, ignore_eos=True))
+        answering.append(middle - began)
+        judging.append(time.perf_counter() - middle)
+    each, again = statistics.median(answering), statistics.median(judging)
+    say(
+        f"the alternative: a second pass over prompt and answer takes {1000 * again:.0f} ms, "
+        f"{100 * again / each:.1f} % of the answer's {1000 * each:.0f} ms, and nothing is known before its end"
+    )
+
+
+def main():
+    model = load_model(DEMO_MODEL, cache=cache_dir())
+    say(f"{model.name}, float32, vLLM {' '.join(ARGUMENTS)}; at most {CAP_S:.0f} s a comparison")
+    plain = Plain(plan_with(model, 1))
+    try:
+        for n_probes in (8, 1, 64):
+            ours = Harness(plan_with(model, n_probes))
+            try:
+                compare(plain, ours, model, n_probes)
+                tap_cost(ours, model, n_probes)
+            finally:
+                ours.stop()
+        second_pass(plain, model)
+    finally:
+        plain.stop()
+
+
+if __name__ == "__main__":
+    main()

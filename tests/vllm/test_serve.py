@@ -1,0 +1,116 @@
+"""`midstream serve --engine vllm` as a process: ready, asked, shown, drained, and what it says when its engine dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from ..conftest import calibrated
+from .conftest import EAGER, VllmServer
+
+MODES = json.dumps({"random": {"prompt": "block", "response": "block"}})
+
+
+@pytest.fixture
+def server(tiny, random_probe, tmp_path):
+    running = VllmServer(tmp_path, tiny, [(random_probe, {"calibration": calibrated(1e6)})], EAGER, modes=MODES)
+    yield running
+    running.stop()
+
+
+def children(pid):
+    """Process ids below `pid`, by name."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()]
+    below, todo = {}, [str(pid)]
+    while todo:
+        parent = todo.pop()
+        for child, of, name in rows:
+            if of == parent:
+                below[int(child)] = name
+                todo.append(child)
+    return below
+
+
+def test_ready_asked_shown_drained(server, tiny):
+    server.wait()
+    assert httpx.get(server.url + "/ready").json() == {"status": "ready", "engine": "vllm"}
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 200
+    request_id = answer.headers["x-midstream-request-id"]
+    (record,) = server.record(request_id)
+    assert record["verdict"] == "allow" and record["coverage"]["prompt_scored"] > 10
+    command = [sys.executable, "-m", "monitor.cli", "show", request_id]
+    shown = subprocess.run(
+        command, env=os.environ | {"MIDSTREAM_RECORDS": str(server.records)}, capture_output=True, text=True
+    )
+    assert "verdict allow" in shown.stdout, shown.stderr
+    assert server.metric("midstream_requests_total") == 1
+    assert server.metric("vllm:request_success_total") >= 1
+    # A request under way at the signal is answered to its end.
+    late = []
+    long = body | {"max_tokens": 300, "ignore_eos": True}
+    asking = threading.Thread(target=lambda: late.append(server.post("/v1/chat/completions", long)))
+    asking.start()
+    while server.metric("midstream_active_sequences") < 1:
+        time.sleep(0.05)
+    assert server.stop() == 0
+    asking.join(60)
+    assert late[0].status_code == 200 and late[0].json()["usage"]["completion_tokens"] == 300
+    assert server.record(late[0].headers["x-midstream-request-id"])[0]["finish"] == "length"
+
+
+def test_a_dead_engine_ends_the_server_with_its_own_exit_code(server):
+    server.wait()
+    answer = []
+    long = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+    def ask():
+        with httpx.stream(
+            "POST", server.url + "/v1/chat/completions", json=long | {"model": server.model.name}, timeout=60
+        ) as response:
+            answer.append(response.headers["x-midstream-request-id"])
+            answer.append(response.read().decode())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not answer:
+        time.sleep(0.05)
+    workers = children(server.process.pid)
+    assert len(workers) >= 2
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    asking.join(60)
+    assert server.process.wait(60) == 3
+    (record,) = server.record(answer[0])
+    assert record["finish"] == "engine_error"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--worker-cls", "x.Y"], "--worker-cls"),
+        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "speculative"),
+        (["--enable-lora"], "LoRA"),
+        (["--pipeline-parallel-size", "2"], "pipeline"),
+        (["--no-such-argument"], "no-such-argument"),
+        (["--api-server-count", "2"], "API process"),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_a_sentence(tiny, random_probe, tmp_path, arguments, says):
+    server = VllmServer(tmp_path, tiny, [(random_probe, {})], [*EAGER, *arguments])
+    assert server.process.wait(120) == 2
+    last = server.log().strip().splitlines()[-1]
+    server.stop()
+    assert says in last and "Traceback" not in server_log(tmp_path)
+
+
+def server_log(folder):
+    return (folder / "log").read_text(errors="replace")
