@@ -98,10 +98,7 @@ def test_a_dead_engine_ends_the_server_with_its_own_exit_code(server):
     [
         (["--worker-cls", "x.Y"], "--worker-cls"),
         (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "speculative"),
-        (["--enable-lora"], "LoRA"),
-        (["--pipeline-parallel-size", "2"], "pipeline"),
         (["--no-such-argument"], "no-such-argument"),
-        (["--api-server-count", "2"], "API process"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_a_sentence(tiny, random_probe, tmp_path, arguments, says):
