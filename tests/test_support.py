@@ -39,6 +39,7 @@ def config():
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         model_config=SimpleNamespace(
             architecture="LlamaForCausalLM",
+            hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 4, sliding_window=None),
             runner_type="generate",
             return_sampling_mask=False,
             enable_sleep_mode=False,
@@ -96,6 +97,21 @@ def test_an_architecture_that_nobody_has_compared_is_refused():
     wrong = config()
     wrong.model_config.architecture = "MambaForCausalLM"
     with pytest.raises(ModelUnsupported, match=r"MambaForCausalLM.*LlamaForCausalLM.*--engine embedded"):
+        check_config(wrong, api_processes=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SimpleNamespace(sliding_window=4096),
+        SimpleNamespace(layer_types=["full_attention", "sliding_attention"], sliding_window=None),
+        SimpleNamespace(layer_types=["linear_attention"]),
+    ],
+)
+def test_a_model_that_gives_up_kv_blocks_is_refused(text):
+    wrong = config()
+    wrong.model_config.hf_text_config = text
+    with pytest.raises(ModelUnsupported, match="KV blocks"):
         check_config(wrong, api_processes=1)
 
 

@@ -108,8 +108,7 @@ def describe(settings: Settings) -> ServedModel:
         config: Any = AutoConfig.from_pretrained(path, revision=settings.revision)
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=settings.revision)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigInvalid(f"--model {settings.model!r} can't be loaded: {reason}") from error
+        raise ConfigInvalid(f"--model {settings.model!r} can't be loaded: {_one_line(error)}") from error
     if not config.name_or_path:
         config.name_or_path = str(path)
     identity, text = identify(config), config.get_text_config()
@@ -126,7 +125,11 @@ def describe(settings: Settings) -> ServedModel:
 
 def engine_config(plan: Plan, worker: str = "monitor.engines.vllm.worker.MonitoredWorker") -> Any:
     """vLLM's VllmConfig with our worker and scheduler in it. raises: MidstreamError for what is not supported"""
-    config: Any = AsyncEngineArgs.from_cli_args(plan.arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    try:
+        arguments = AsyncEngineArgs.from_cli_args(plan.arguments)
+        config: Any = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except (ValueError, OSError) as error:  # pydantic's errors are ValueErrors
+        raise ConfigInvalid(f"vLLM refuses its arguments: {_one_line(error)}") from error
     check_config(config, plan.arguments.api_server_count or 1)
     tap = tap_config(plan, config.model_config.architecture)
     config.additional_config = {**config.additional_config, KEY: tap.as_dict()}
@@ -149,12 +152,15 @@ async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIt
     """
     config = config or engine_config(plan)
     tap = TapConfig(**config.additional_config[KEY])
-    engine = AsyncLLM.from_vllm_config(
-        config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=plan.arguments.enable_log_requests,
-        disable_log_stats=plan.arguments.disable_log_stats,
-    )
+    try:
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=plan.arguments.enable_log_requests,
+            disable_log_stats=plan.arguments.disable_log_stats,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigInvalid(f"vLLM did not start ({_one_line(error)}); its own messages above say why") from error
     try:
         judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
         await judge.banks.load(plan.live)
@@ -171,3 +177,7 @@ async def check_canaries(judge: Judge, plan: Plan) -> float:
     for prompt in canary_prompts(live, template):
         scores[prompt.token_ids] = await judge.prefill(prompt)
     return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

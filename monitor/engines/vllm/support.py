@@ -100,4 +100,12 @@ def check_config(config: Any, api_processes: int) -> None:
     for found, what, remedy in refused:
         if found:
             raise ConfigInvalid(f"midstream does not support {what} in vLLM yet; {remedy}")
+    text = config.model_config.hf_text_config
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if odd or getattr(text, "sliding_window", None):
+        what = ", ".join(sorted(odd)) or f"a sliding window of {text.sliding_window} tokens"
+        raise ModelUnsupported(
+            f"{config.model_config.architecture} has {what}; its KV blocks are given up early, and cached tokens would "
+            "lose their scores. Serve it with --engine embedded or behind the proxy"
+        )
     whole_stream(config.model_config.architecture)

@@ -21,7 +21,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from monitor.engines.vllm.slots import Ints, SlotScores, slots_of
 from monitor.engines.vllm.support import KEY, TapConfig, whole_stream
 from monitor.tap import decoder_blocks, tap_op
-from monitor.types import Scores
+from monitor.types import ModelUnsupported, Scores
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -228,6 +228,13 @@ class MonitoredWorker(_Worker):
         self.tap = BankTap(self.model_runner.get_model(), config, capacity, self.device)
         self._cache: SlotScores | None = None
         self._step: Step | None = None
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        kinds = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+        if kinds != ["FullAttentionSpec"]:
+            # Slots are read from the one block table there is; a window would put null blocks into it.
+            raise ModelUnsupported(f"KV cache groups {', '.join(kinds)}: only one of full attention is supported")
+        super().initialize_from_config(kv_cache_config)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if scheduler_output.total_num_scheduled_tokens == 0:
