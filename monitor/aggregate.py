@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 Kind = Literal["last", "mean", "max", "ema", "window_mean_max"]
 KINDS: tuple[Kind, ...] = ("last", "mean", "max", "ema", "window_mean_max")
@@ -35,82 +36,76 @@ class Aggregation:
             raise ValueError(f"window {self.window} must be at least 1")
 
 
-class Fold(Protocol):
-    def __call__(self, score: float) -> float:
-        """Take one more finite score, return the value so far."""
-        ...
-
-
-class _Last:
-    def __call__(self, score: float) -> float:
-        return score
-
-
-class _Mean:
-    __slots__ = ("n", "total")
-
-    def __init__(self) -> None:
-        self.n, self.total = 0, 0.0
-
-    def __call__(self, score: float) -> float:
-        self.n += 1
-        self.total += score
-        return self.total / self.n
-
-
-class _Max:
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = -math.inf
-
-    def __call__(self, score: float) -> float:
-        self.value = max(self.value, score)
-        return self.value
-
-
-class _EmaMax:
-    __slots__ = ("alpha", "average", "remaining", "value")
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha, self.average, self.remaining, self.value = alpha, 0.0, 1.0, -math.inf
-
-    def __call__(self, score: float) -> float:
-        self.average += self.alpha * (score - self.average)
-        self.remaining *= 1 - self.alpha  # weight still on the zero the average started from
-        self.value = max(self.value, self.average / (1 - self.remaining))
-        return self.value
-
-
-class _WindowMeanMax:
-    __slots__ = ("scores", "value")
-
-    def __init__(self, window: int) -> None:
-        self.scores: deque[float] = deque(maxlen=window)
-        self.value = -math.inf
-
-    def __call__(self, score: float) -> float:
-        scores = self.scores
-        full = len(scores) == scores.maxlen
-        scores.append(score)
-        mean = math.fsum(scores) / len(scores)  # a running sum would keep the rounding of one huge score for ever
-        # Fewer tokens than the window: one mean of them all. A maximum over growing prefixes would be the
-        # maximum of single tokens at the start.
-        self.value = max(self.value, mean) if full else mean
-        return self.value
+Fold = Callable[[float], float]
+"""Takes one more finite score, returns the value so far. A closure: this runs for every token of every probe."""
 
 
 def fold(how: Aggregation) -> Fold:
     """A fresh running value, for one turn of one probe."""
     if how.kind == "last":
-        return _Last()
+        return lambda score: score
     if how.kind == "mean":
-        return _Mean()
+        return _mean()
     if how.kind == "max":
-        return _Max()
+        return _max()
     if how.kind == "ema":
-        return _EmaMax(how.alpha)
-    return _WindowMeanMax(how.window)
+        return _ema_max(how.alpha)
+    return _window_mean_max(how.window)
+
+
+def _mean() -> Fold:
+    n, total = 0, 0.0
+
+    def step(score: float) -> float:
+        nonlocal n, total
+        n += 1
+        total += score
+        return total / n
+
+    return step
+
+
+def _max() -> Fold:
+    best = -math.inf
+
+    def step(score: float) -> float:
+        nonlocal best
+        best = max(best, score)
+        return best
+
+    return step
+
+
+def _ema_max(alpha: float) -> Fold:
+    average, remaining, best = 0.0, 1.0, -math.inf
+
+    def step(score: float) -> float:
+        nonlocal average, remaining, best
+        average += alpha * (score - average)
+        remaining *= 1 - alpha  # weight still on the zero the average started from
+        value = average / (1 - remaining)
+        if value > best:
+            best = value
+        return best
+
+    return step
+
+
+def _window_mean_max(window: int) -> Fold:
+    scores: deque[float] = deque(maxlen=window)
+    best = -math.inf
+
+    def step(score: float) -> float:
+        nonlocal best
+        full = len(scores) == window
+        scores.append(score)
+        mean = math.fsum(scores) / len(scores)  # a running sum would keep the rounding of one huge score for ever
+        # Fewer tokens than the window: one mean of them all. A maximum over growing prefixes would be the
+        # maximum of single tokens at the start.
+        best = max(best, mean) if full else mean
+        return best
+
+    return step
 
 
 class Running:
@@ -135,8 +130,7 @@ class Running:
         if position < self.next_position:  # vLLM recomputes after a preemption: the same scores come again
             return self.value
         self.next_position = position + 1
-        value = self._fold(score)
-        self.value = value
+        self.value = value = self._fold(score)
         if self.peak is None or value > self.peak:
             self.peak = value
         if score > self.peak_score:

@@ -5,12 +5,14 @@ Synchronous and without I/O: an engine calls `advance` once per step, before it 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from monitor.aggregate import Running
 from monitor.policy import Rule, crossed, ends, outcome, worst
@@ -36,10 +38,14 @@ class Judged:
 
 
 class _Track:
-    """One probe in one phase: its running values, the worst turn and whether a score was missing."""
+    """One probe in one phase: its running values, the worst turn and whether a score was missing.
+
+    limit: what the running value of an answer must exceed to be news
+    """
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
+        self.limit = math.inf if rule.threshold is None else rule.threshold
         self.value: float | None = None
         self.newest: float | None = None
         self.peak_position: int | None = None
@@ -51,6 +57,12 @@ class _Track:
     def note_peak(self, running: Running) -> None:
         if self.peak_score is None or running.peak_score > self.peak_score:
             self.peak_score, self.peak_position = running.peak_score, running.peak_position
+
+    def follow(self, running: Running) -> None:
+        """Take over what the running value of an answer has become."""
+        self.value, self.newest = running.peak, running.value
+        if running.peak is not None:
+            self.note_peak(running)
 
     def reading(self) -> ProbeReading:
         rule = self.rule
@@ -89,7 +101,7 @@ class Watch:
         self._prompt = [_Track(r) for r in rules if r.phase is Phase.PROMPT]
         self._response = [_Track(r) for r in rules if r.phase is Phase.RESPONSE]
         self._tracks = self._prompt + self._response
-        self._running = [Running(t.rule.aggregation, self.n_prompt) for t in self._response]
+        self._running = [(t, Running(t.rule.aggregation, self.n_prompt), t.rule.column) for t in self._response]
         self._rows: list[Scores] = []
         self._causes: Counter[str] = Counter()
         self._n_bad = self._n_bad_prompt = 0
@@ -152,16 +164,19 @@ class Watch:
         first, rows = first + skip, rows[skip:]
         self._rows.append(rows)
         self.n_scored = first + len(rows)
-        finite = np.isfinite(rows)
-        if not finite.all():
-            self._miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
-            for track in self._tracks:
-                bad = np.flatnonzero(~finite[:, track.rule.column]) + first
-                self._break(track, bad.tolist())
+        # One row a step is the usual case, and a sum of Python floats the quickest look at it.
+        if not (math.isfinite(sum(rows[0].tolist())) if len(rows) == 1 else np.isfinite(rows).all()):
+            self._take_broken(first, np.isfinite(rows))
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()
         if self.n_scored > self.n_prompt:
             self._judge_response(max(first, self.n_prompt), rows[max(0, self.n_prompt - first) :])
+
+    def _take_broken(self, first: int, finite: npt.NDArray[np.bool_]) -> None:
+        self._miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
+        for track in self._tracks:
+            bad = np.flatnonzero(~finite[:, track.rule.column]) + first
+            self._break(track, bad.tolist())
 
     def _gap(self, until: int, cause: str) -> None:
         """Positions from n_scored up to `until` will never have a score."""
@@ -190,6 +205,10 @@ class Watch:
         if not mine:
             return
         track.broken = True
+        for other, running, _ in self._running:
+            if other is track:
+                track.follow(running)
+        self._running = [r for r in self._running if r[0] is not track]
         track.action = worst([track.action, Action.UNMONITORED])
         self.verdict = worst([self.verdict, Action.UNMONITORED])
         if ends(track.rule, Action.UNMONITORED):
@@ -226,21 +245,22 @@ class Watch:
             self._stop(self.n_prompt)
 
     def _judge_response(self, first: int, rows: Scores) -> None:
-        for track, running in zip(self._response, self._running, strict=True):
-            if track.broken:
-                continue
-            rule = track.rule
-            for position, score in enumerate(rows[:, rule.column].tolist(), first):
-                track.newest = running.add(position, score)
-                if track.crossed_at is None and crossed(rule, track.newest):
-                    track.crossed_at = position
-                    track.action = outcome(rule, track.newest)
-                    self.verdict = worst([self.verdict, track.action])
-                    if ends(rule, track.action):
-                        self._stop(position)
-                        break
-            track.value = running.peak
-            track.note_peak(running)
+        """Up to the row that ends the sequence: what comes after it is never released."""
+        for position, scores in enumerate(rows.tolist(), first):
+            for track, running, column in self._running:
+                value = running.add(position, scores[column])
+                if value is not None and value > track.limit:
+                    self._cross(track, position, value)
+            if self._stop_at is not None:
+                return
+
+    def _cross(self, track: _Track, position: int, value: float) -> None:
+        track.limit = math.inf  # told once
+        track.crossed_at = position
+        track.action = outcome(track.rule, value)
+        self.verdict = worst([self.verdict, track.action])
+        if ends(track.rule, track.action):
+            self._stop(position)
 
     @property
     def coverage(self) -> Coverage:
@@ -260,6 +280,8 @@ class Watch:
         )
 
     def readings(self) -> tuple[ProbeReading, ...]:
+        for track, running, _ in self._running:
+            track.follow(running)
         return tuple(t.reading() for t in self._tracks)
 
     def record(self, request_id: str, index: int, model: str, route: str) -> Record:

@@ -98,7 +98,7 @@ class Judge:
     ) -> None:
         """One sequence is about to be sent to the engine: give it a Watch, and its probe set a say in its cache key.
 
-        raises: RequestInvalid, as vLLM's own validation does, for what can't be judged
+        raises: VLLMValidationError, which the routes answer with 400, for what can't be judged
         """
         if request.sampling_params is None or request.resumable or request.prompt_token_ids is None:
             raise _invalid("only generation from token ids is monitored; send a text prompt")
