@@ -1,9 +1,9 @@
 """vLLM monitored against plain vLLM, in alternation in one go. CAP_S=seconds for each comparison (default 240).
 
 Both engines are up at once; while one works the other waits. Where an engine's memory comes to lie moves its speed by
-more than the tap does, so the main comparison is made twice, with fresh engines started in either order. Throughput at 32 concurrent requests, time per
-token of one stream, time to the first text with and without the hold, what the tap itself costs, and what the usual
-alternative costs: a second pass over prompt and answer through a model that judges.
+more than the tap does, so the main comparison is made twice, with fresh engines started in either order. Throughput at
+32 concurrent requests, time per token of one stream, time to the first text with and without the hold, what the tap
+itself costs, and what the usual alternative costs: a second pass over prompt and answer through a model that judges.
 """
 
 import os
@@ -49,7 +49,7 @@ def plan_with(model, n_probes):
     torch.manual_seed(0)
     layer = model.n_layers // 2
     probes = [
-        (ProbeWeights(f"p{i}", {layer: torch.randn(model.d_model) / 24}, 0.0), {"calibration": calibrated(1e6)})
+        (ProbeWeights(f"p{i}", {layer: torch.randn(model.d_model) / 24}, 0.0), {"calibration": calibrated(1e6, n=4000)})
         for i in range(n_probes)
     ]
     modes = {f"p{i}": {"prompt": "block", "response": "block"} for i in range(n_probes)}
@@ -70,14 +70,18 @@ def throughput(harness, model):
 
 
 async def one_stream(engine, prompt, tokens):
-    """(seconds to the first text, seconds per token after it) of one stream."""
+    """(seconds to the first text, seconds per token of the whole answer) of one stream.
+
+    The whole, prefill and all: counted from the first text on, the hold would seem to save a step, since the last two
+    tokens of a held answer arrive together.
+    """
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     began, first, n = time.perf_counter(), None, 0
     async for output in engine.generate({"prompt_token_ids": list(prompt.token_ids)}, params, str(began)):
         if first is None and output.outputs[0].text:
-            first, n = time.perf_counter(), -len(output.outputs[0].token_ids)
+            first = time.perf_counter()
         n += len(output.outputs[0].token_ids)
-    return first - began, (time.perf_counter() - first) / n
+    return first - began, (time.perf_counter() - began) / n
 
 
 def compare(plain, ours, model, n_probes):
