@@ -51,7 +51,8 @@ bench: setup-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.vllm
 
 attack: setup-vllm
-	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py
+	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py \
+		tests/test_attacks.py tests/test_schema_fuzz.py
 	$(BIN)/python -m pytest -s --attack $(VLLM_TESTS)
 
 wheel: setup

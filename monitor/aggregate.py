@@ -1,4 +1,4 @@
-"""Token scores -> one running value per probe, turn by turn. Incremental, and keyed by position.
+"""Token scores -> one value per probe: of a whole turn (`aggregate`), or token by token (`fold`).
 
 Kinds: `last`, `mean`, `max`, `ema` (the maximum of a bias-corrected moving average), `window_mean_max` (the maximum
 of sliding means). Sources: PROBES 9.6 for ema (a = 2 / (M + 1) has the centre of mass of a window of M).
@@ -11,6 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 Kind = Literal["last", "mean", "max", "ema", "window_mean_max"]
 KINDS: tuple[Kind, ...] = ("last", "mean", "max", "ema", "window_mean_max")
@@ -37,20 +41,19 @@ class Aggregation:
 
 
 Fold = Callable[[float], float]
-"""Takes one more finite score, returns the value so far. A closure: this runs for every token of every probe."""
+"""Takes one more finite score, returns the running value there. A closure: this runs for every token of every probe."""
 
 
 def fold(how: Aggregation) -> Fold:
-    """A fresh running value, for one turn of one probe."""
-    if how.kind == "last":
-        return lambda score: score
+    """A fresh running value, for one answer and one probe. Its maximum so far is the value of the answer: what a
+    response is calibrated on."""
     if how.kind == "mean":
         return _mean()
-    if how.kind == "max":
-        return _max()
     if how.kind == "ema":
-        return _ema_max(how.alpha)
-    return _window_mean_max(how.window)
+        return _ema(how.alpha)
+    if how.kind == "window_mean_max":
+        return _window_mean(how.window)
+    return lambda score: score  # last, and max, whose maximum is taken outside
 
 
 def _mean() -> Fold:
@@ -65,83 +68,42 @@ def _mean() -> Fold:
     return step
 
 
-def _max() -> Fold:
-    best = -math.inf
+def _ema(alpha: float) -> Fold:
+    average, remaining = 0.0, 1.0
 
     def step(score: float) -> float:
-        nonlocal best
-        best = max(best, score)
-        return best
-
-    return step
-
-
-def _ema_max(alpha: float) -> Fold:
-    average, remaining, best = 0.0, 1.0, -math.inf
-
-    def step(score: float) -> float:
-        nonlocal average, remaining, best
+        nonlocal average, remaining
         average += alpha * (score - average)
         remaining *= 1 - alpha  # weight still on the zero the average started from
-        value = average / (1 - remaining)
-        if value > best:
-            best = value
-        return best
+        return average / (1 - remaining)
 
     return step
 
 
-def _window_mean_max(window: int) -> Fold:
+def _window_mean(window: int) -> Fold:
     scores: deque[float] = deque(maxlen=window)
-    best = -math.inf
 
     def step(score: float) -> float:
-        nonlocal best
-        full = len(scores) == window
         scores.append(score)
-        mean = math.fsum(scores) / len(scores)  # a running sum would keep the rounding of one huge score for ever
-        # Fewer tokens than the window: one mean of them all. A maximum over growing prefixes would be the
-        # maximum of single tokens at the start.
-        best = max(best, mean) if full else mean
-        return best
+        return math.fsum(scores) / len(scores)  # a running sum would keep the rounding of one huge score for ever
 
     return step
 
 
-class Running:
-    """One probe over one turn: scores by position in, value out. A replayed position changes nothing.
-
-    start: the first position of the turn; positions must then arrive in order, without gaps (`Watch` sees to it)
-    peak: the highest value so far: the statistic a request is calibrated on
-    """
-
-    __slots__ = ("_fold", "next_position", "peak", "peak_position", "peak_score", "value")
-
-    def __init__(self, how: Aggregation, start: int) -> None:
-        self._fold = fold(how)
-        self.next_position = start
-        self.value: float | None = None
-        self.peak: float | None = None
-        self.peak_score = -math.inf
-        self.peak_position = start
-
-    def add(self, position: int, score: float) -> float | None:
-        """The value with `score`, a finite logit, taken in."""
-        if position < self.next_position:  # vLLM recomputes after a preemption: the same scores come again
-            return self.value
-        self.next_position = position + 1
-        self.value = value = self._fold(score)
-        if self.peak is None or value > self.peak:
-            self.peak = value
-        if score > self.peak_score:
-            self.peak_score, self.peak_position = score, position
-        return value
-
-
-def aggregate(how: Aggregation, scores: list[float]) -> float:
-    """The value of a whole turn. scores: at least one finite logit, in order."""
-    step = fold(how)
-    value = math.nan
-    for score in scores:
-        value = step(score)
-    return value
+def aggregate(how: Aggregation, scores: npt.ArrayLike) -> float:
+    """The value of a whole turn. scores: (n,) finite logits, in order; none gives NaN"""
+    values = np.asarray(scores, dtype=np.float64)
+    if len(values) == 0:
+        return math.nan
+    if how.kind == "last":
+        return float(values[-1])
+    if how.kind == "mean":
+        return float(values.mean())
+    if how.kind == "max":
+        return float(values.max())
+    if how.kind == "ema":
+        return max(map(_ema(how.alpha), values.tolist()))
+    if len(values) < how.window:
+        # One mean of them all: a maximum over growing prefixes would be the maximum of single tokens at the start.
+        return float(values.mean())
+    return float(sliding_window_view(values, how.window).mean(axis=1).max())

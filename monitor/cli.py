@@ -12,12 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from monitor import cli_keys, cli_policy
 from monitor.config import DEMO_MODEL, Settings, load_settings
-from monitor.types import ConfigInvalid, MidstreamError, Mode, Phase
+from monitor.errors import ConfigInvalid, MidstreamError
+from monitor.types import Mode, Phase
 
 EXIT_USAGE = 2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cli_keys.app, name="key")
+app.add_typer(cli_policy.app, name="policy")
 Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
 Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -43,6 +47,7 @@ def serve(
     host: Annotated[str | None, typer.Option()] = None,
     port: Annotated[int | None, typer.Option()] = None,
     api_key: Annotated[str | None, typer.Option(help="Bearer token of /v1.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML policy file; then no --mode or --target-fpr.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="PROBE.PHASE=shadow|flag|block; repeat it.")] = None,
     target_fpr: Annotated[float | None, typer.Option(help="Benign requests that may be blocked.")] = None,
     on_flag_webhook: Annotated[str | None, typer.Option(help="POST each flag and block there.")] = None,
@@ -58,6 +63,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        policy=policy,
         modes=_modes(mode),
         target_fpr=target_fpr,
         webhook_url=on_flag_webhook,

@@ -10,7 +10,8 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from monitor.types import ConfigInvalid, Mode, Phase
+from monitor.errors import ConfigInvalid
+from monitor.types import Mode, Phase
 
 PREFIX = "MIDSTREAM_"
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -33,7 +34,15 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     api_key: str | None = Field(None, min_length=8)
-    """Bearer token of the data routes; None: open, meant for loopback."""
+    """Bearer token of the data routes, the key named "default"; without it and without `keys`: open, for loopback."""
+    keys: Path | None = None
+    """YAML list of names and SHA-256 digests of more keys: `midstream key create NAME --keys FILE`."""
+
+    admin_host: str = "127.0.0.1"
+    admin_port: int = Field(8001, ge=0, le=65535)
+    admin_key: str | None = Field(None, min_length=16)
+    """Bearer token of the admin port, another one than every data key; None: no admin port."""
+    audit: Path = Field(default_factory=lambda: state_dir() / "audit.sqlite3")
 
     # What
     model: str = DEMO_MODEL
@@ -46,7 +55,8 @@ class Settings(BaseSettings):
     store: Path = Field(default_factory=lambda: state_dir() / "probes")
     cache: Path = Field(default_factory=cache_dir)
 
-    # Verdicts
+    # Verdicts: a policy file, or for everybody alike the four below
+    policy: Path | None = None
     modes: dict[str, dict[Phase, Mode]] = Field(default_factory=dict)
     """Probe -> phase -> mode. Default: block for a shipped probe where it is calibrated, else shadow."""
     target_fpr: float = Field(0.01, gt=0, lt=0.5)
@@ -63,6 +73,20 @@ class Settings(BaseSettings):
     kv_tokens: int = Field(65_536, ge=256)
     """Tokens that all active sequences may reserve together (prompt + max_tokens each)."""
     max_body_bytes: int = Field(2 * 2**20, ge=1024)
+    max_header_bytes: int = Field(16 * 2**10, ge=1024)
+    max_connections: int = Field(1024, ge=1)
+    max_concurrent: int = Field(256, ge=1)
+    """Requests at work at once; one more gets 429."""
+    rate_per_key: str | None = None
+    """Requests that one key may send, like "600/minute"; without keys, everybody together."""
+    receive_deadline_s: float = Field(10.0, gt=0)
+    """For a whole request to arrive, headers and body."""
+    write_deadline_s: float = Field(30.0, gt=0)
+    """For a client to take the next piece of its answer."""
+    max_json_depth: int = Field(64, ge=8)
+    max_json_values: int = Field(200_000, ge=100)
+    """Names of fields, strings, numbers, lists and objects in one body."""
+    max_messages: int = Field(1000, ge=1)
     max_queue: int = Field(64, ge=0)
     max_n: int = Field(8, ge=1)
     max_prompts: int = Field(16, ge=1)
@@ -81,6 +105,15 @@ class Settings(BaseSettings):
     webhook_url: str | None = Field(None, pattern=r"^https?://")
     webhook_queue: int = Field(1_000, ge=1)
     webhook_attempts: int = Field(4, ge=1)
+
+    # Repeat offenders: flags and blocks of one API key in a sliding window
+    offender_window_s: float = Field(3600.0, gt=0, le=7 * 86_400)
+    offender_limit: int | None = Field(None, ge=1, le=100_000)
+    """Events that are told of, once per key and window. None: nobody is an offender."""
+    offender_block_s: float = Field(0.0, ge=0, le=7 * 86_400)
+    """How long such a key is refused with 429. 0: never."""
+    offender_metric_keys: tuple[str, ...] = ()
+    """Names of keys that may be a metric's label; every other key is `other`."""
 
     @classmethod
     def settings_customise_sources(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from monitor.config import Settings
-from monitor.policy import Rule
+from monitor.errors import ConfigInvalid, ProbeMismatch
+from monitor.policy.file import Body, PolicyFile, SecondPolicy, policy_of
+from monitor.policy.resolve import resolve
+from monitor.policy.rule import Policy, Rule
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE, ChatTemplate
-from monitor.types import ConfigInvalid, Format, Mode, Phase, ProbeMismatch, Prompt, Scores
+from monitor.types import Caller, Format, Prompt, Scores
 from probes_store.store import Store, StoredProbe, model_slug
-
-FORMATS: tuple[Format, ...] = ("chat", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,34 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class LiveProbes:
+    """policies: by name, with the file that chooses among them"""
+
     probes: tuple[StoredProbe, ...]
     bank: ProbeBank
-    rules: Mapping[Format, tuple[Rule, ...]]
+    policies: Mapping[str, Policy]
+    file: PolicyFile
+
+    @classmethod
+    def under_rules(cls, bank: ProbeBank, rules: Mapping[Format, tuple[Rule, ...]]) -> LiveProbes:
+        """A bank without cards, judged by these rules, whoever asks."""
+        return cls((), bank, {"default": Policy(rules)}, PolicyFile("default", Body(), (), ""))
+
+    @property
+    def rules(self) -> Mapping[Format, tuple[Rule, ...]]:
+        """Of the default policy."""
+        return self.policies[self.file.name].rules
+
+    def choose(self, caller: Caller) -> Policy:
+        return self.policies[self.file.choose(caller)]
+
+    def second(self, policy: str) -> SecondPolicy | None:
+        """The endpoint that the policy of this name asks; None if it asks none, or is no more."""
+        body = self.file.bodies.get(policy)
+        return None if body is None or body.second is None or body.second.url is None else body.second
+
+    def under(self, file: PolicyFile) -> LiveProbes:
+        """The same probes under another policy. raises: ConfigInvalid if they can't do what it asks"""
+        return replace(self, policies=resolve(self.probes, file), file=file)
 
     def check_canaries(
         self, template: ChatTemplate, score: Callable[[Prompt], Scores], tolerance: float | None = None
@@ -88,9 +114,6 @@ def load_live(model: ServedModel, store: Store, settings: Settings, device: str 
             f"there is no probe for model {slug!r}; train one: midstream train --model {settings.model} "
             "(add --data FILES for your own rows)"
         )
-    unknown = sorted(set(settings.modes) - set(live))
-    if unknown:
-        raise ConfigInvalid(f"modes name probe {unknown[0]!r}; this model has {', '.join(sorted(live))}")
     probes = tuple(store.load(slug, name, version) for name, version in live.items())
     for probe in probes:
         _verify(probe, model)
@@ -101,7 +124,8 @@ def assemble(probes: Sequence[StoredProbe], d_model: int, settings: Settings, de
     """Stack verified probes and resolve their rules."""
     weights = [ProbeWeights(p.card.name, p.weight, p.bias) for p in probes]
     bank = ProbeBank(weights, d_model, device)
-    return LiveProbes(tuple(probes), bank, {form: _rules(probes, form, settings) for form in FORMATS})
+    file = policy_of(settings)
+    return LiveProbes(tuple(probes), bank, resolve(probes, file), file)
 
 
 def _verify(probe: StoredProbe, model: ServedModel) -> None:
@@ -125,48 +149,3 @@ def _verify(probe: StoredProbe, model: ServedModel) -> None:
             f"probe {card.name} {card.version} reads layer {wrong[0]}, the model has layers 0 to "
             f"{model.n_layers - 1}; publish a probe for one of these"
         )
-
-
-def _wanted(probe: StoredProbe, phase: Phase, settings: Settings) -> Mode:
-    """A shipped probe blocks; one that somebody has just trained starts in shadow."""
-    asked = settings.modes.get(probe.card.name, {})
-    return asked.get(phase, Mode.BLOCK if probe.shipped else Mode.SHADOW)
-
-
-def _rules(probes: Sequence[StoredProbe], form: Format, settings: Settings) -> tuple[Rule, ...]:
-    wanted = {(p.card.name, phase): _wanted(p, phase, settings) for p in probes for phase in Phase}
-    blocking = sum(mode is Mode.BLOCK for mode in wanted.values())
-    alpha = settings.target_fpr / max(1, blocking)
-    rules = []
-    for column, probe in enumerate(probes):
-        card = probe.card
-        for phase in Phase:
-            mode, threshold = wanted[card.name, phase], None
-            calibration = card.calibration.get(form, {}).get(phase.value)
-            asked = phase in settings.modes.get(card.name, {})
-            try:
-                if calibration is None:
-                    raise ValueError(f"the card has no calibration for {phase} in {form}")
-                threshold = calibration.threshold(alpha)
-            except ValueError as error:
-                # Asked for by name, on the route everybody uses: refuse. Else it can only be shadowed.
-                if asked and mode is not Mode.SHADOW and form == "chat":
-                    raise ConfigInvalid(
-                        f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
-                        "with more benign rows, raise target_fpr, or set the mode to shadow"
-                    ) from error
-                mode = Mode.SHADOW
-            rules.append(
-                Rule(
-                    card.name,
-                    card.version,
-                    column,
-                    phase,
-                    mode,
-                    threshold,
-                    card.aggregation[phase.value],
-                    settings.fail_mode,
-                    settings.on_history,
-                )
-            )
-    return tuple(rules)

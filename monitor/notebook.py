@@ -13,10 +13,11 @@ import torch
 
 from monitor.config import Settings, load_settings
 from monitor.engines.embedded.model import loaded
+from monitor.errors import MidstreamError
 from monitor.live import LiveProbes, load_live
 from monitor.sequence import Watch
 from monitor.tap import Tap
-from monitor.types import Action, MidstreamError, Prompt, Record, Scores
+from monitor.types import Action, Caller, Prompt, Record, Scores
 from probes_store.store import Store
 
 
@@ -95,7 +96,7 @@ class Watching:
             # The last sampled token was not fed, unless the sequence ended before the rest of its batch.
             nothing = np.empty((0, len(self.probes)), np.float32)
             watch.advance(watch.n_prompt + watch.n_sampled, nothing, 0 if self._ended[i] else 1, "stop")
-            self.records.append(watch.record(request_id, i, self._name, "notebook"))
+            self.records.append(watch.record(request_id, i, self._name, Caller(route="notebook")))
             self.scores.append(np.concatenate(self._rows[i]))
         self._watches, self._rows, self._ended = [], [], []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from monitor.types import ProbeInvalid, ProbeMismatch
+from monitor.errors import ProbeInvalid, ProbeMismatch
 
 
 class LinearProbe(nn.Module):

@@ -57,7 +57,7 @@ def score_text(settings: Settings, text: str) -> ScoredText:
                 reading.probe,
                 reading.version,
                 value,
-                1 / (1 + math.exp(-value)),
+                live.probes[column].card.probability(value),
                 reading.threshold,
                 verdict,
                 values,

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from monitor.aggregate import Running
-from monitor.policy import Rule, crossed, ends, outcome, worst
+from monitor.coverage import Ledger
+from monitor.policy.rule import Rule, Second, ends, worst
+from monitor.question import Missing, Question
+from monitor.track import AnswerTrack, AnyTrack, PromptTrack
 from monitor.types import (
     Action,
+    Caller,
     Coverage,
+    Escalation,
     FinishReason,
     Mode,
     Phase,
@@ -37,81 +40,42 @@ class Judged:
     finish: FinishReason | None
 
 
-class _Track:
-    """One probe in one phase: its running values, the worst turn and whether a score was missing.
-
-    limit: what the running value of an answer must exceed to be news
-    """
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self.limit = math.inf if rule.threshold is None else rule.threshold
-        self.value: float | None = None
-        self.newest: float | None = None
-        self.peak_position: int | None = None
-        self.peak_score: float | None = None
-        self.crossed_at: int | None = None
-        self.action = Action.ALLOW
-        self.broken = False  # a score was missing or not finite
-
-    def note_peak(self, running: Running) -> None:
-        if self.peak_score is None or running.peak_score > self.peak_score:
-            self.peak_score, self.peak_position = running.peak_score, running.peak_position
-
-    def follow(self, running: Running) -> None:
-        """Take over what the running value of an answer has become."""
-        self.value, self.newest = running.peak, running.value
-        if running.peak is not None:
-            self.note_peak(running)
-
-    def reading(self) -> ProbeReading:
-        rule = self.rule
-        return ProbeReading(
-            probe=rule.probe,
-            version=rule.version,
-            phase=rule.phase,
-            mode=rule.mode,
-            threshold=rule.threshold,
-            value=None if self.broken else self.value,
-            newest=None if self.broken else self.newest,
-            peak_position=self.peak_position,
-            peak_score=self.peak_score,
-            crossed_at=self.crossed_at,
-            action=self.action,
-            would_block=rule.mode is not Mode.BLOCK and not self.broken and crossed(rule, self.value),
-        )
-
-
 class Watch:
     """Judges one sequence. Position p is judged when its row, and every row before it, has been seen.
 
     rules: one per probe and phase; a sequence holds its newest token back exactly when a rule is in block mode
+    question: waits for the second judge's answer; until `resolve` nothing from its position on is released
     """
 
-    def __init__(self, prompt: Prompt, rules: Sequence[Rule]) -> None:
+    def __init__(self, prompt: Prompt, rules: Sequence[Rule], second: Second | None = None) -> None:
         self.prompt = prompt
         self.n_prompt = len(prompt.token_ids)
         self.holds = any(r.mode is Mode.BLOCK for r in rules)
         self.n_sampled = 0
-        self.n_scored = 0  # rows seen, without gaps, from position 0 on
         self.verdict = Action.ALLOW
         self.finish: FinishReason | None = None
         self.released = 0
         self.max_held = 0
-        self._prompt = [_Track(r) for r in rules if r.phase is Phase.PROMPT]
-        self._response = [_Track(r) for r in rules if r.phase is Phase.RESPONSE]
-        self._tracks = self._prompt + self._response
-        self._running = [(t, Running(t.rule.aggregation, self.n_prompt), t.rule.column) for t in self._response]
-        self._rows: list[Scores] = []
-        self._causes: Counter[str] = Counter()
-        self._n_bad = self._n_bad_prompt = 0
-        self._stop_at: int | None = None  # first response position that must not be released
-        self._prompt_done = False
+        self.question: Question | None = None
+        self.escalations: list[Escalation] = []
         self.created = time.time()
+        self._second = second or Second()
+        self._prompt = [PromptTrack(r) for r in rules if r.phase is Phase.PROMPT]
+        self._response = [AnswerTrack(r, self.n_prompt) for r in rules if r.phase is Phase.RESPONSE]
+        self._tracks: list[AnyTrack] = [*self._prompt, *self._response]
+        self._steps = [(t.add, t.rule.column, t) for t in self._response]
+        self._ledger = Ledger(self.n_prompt, 1 + max((r.column for r in rules), default=0))
+        self._stop_at: int | None = None  # first response position that must not be released
+        self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
+        self._prompt_done = False
 
     @property
     def prompt_judged(self) -> bool:
-        return self._prompt_done
+        return self._prompt_done and (self.question is None or self.question.phase is Phase.RESPONSE)
+
+    @property
+    def n_scored(self) -> int:
+        return self._ledger.n_scored
 
     def advance(self, first: int, rows: Scores, n_new: int = 0, finish: FinishReason | None = None) -> Judged:
         """One step of the engine: rows of the tokens it fed, then the tokens it sampled, then its reason to end.
@@ -122,174 +86,182 @@ class Watch:
         """
         if self.finish is not None:
             return Judged(self.released, self.finish)
-        self._take(first, rows)
+        if len(rows):
+            self._take(first, rows)
         self.n_sampled += n_new
         if n_new or finish in ("stop", "length"):
             # Only the newest sampled token may lack a score: every token before it was fed to sample it. The last one
             # is never fed, and goes out under the verdict before it.
             self._gap(max(self.n_prompt, self.n_prompt + self.n_sampled - 1), "missing_rows")
-        if self._stop_at is not None:
-            self._release(self._stop_at - self.n_prompt)
-            self.finish = "content_filter" if self.verdict is Action.BLOCK else "unmonitored"
-        elif finish is not None:
-            if finish in ("stop", "length"):
-                self._release(self.n_sampled)
-            self.finish = finish
-        elif self._prompt_done:
-            self._release(min(self.n_scored - self.n_prompt, self.n_sampled) if self.holds else self.n_sampled)
-            self.max_held = max(self.max_held, self.n_sampled - self.released)
+        self._ending = self._ending or finish
+        if self.question is not None and self.n_sampled - self.released > self._second.max_held:
+            self._resolve(None, "overflow")
+        return self._settle()
+
+    def replay(self, first: int, rows: Scores, n_answer: int) -> Judged:
+        """`advance` for an answer of n_answer tokens that is given, as if each had been sampled when its turn came."""
+        until = first + len(rows) - self.n_prompt
+        sampled = min(n_answer, max(0, until + 1))
+        return self.advance(first, rows, max(0, sampled - self.n_sampled), "stop" if until >= n_answer else None)
+
+    def resolve(self, second: float | None) -> Judged:
+        """The second judge has answered. second: its logit, above 0 leans harmful; None: it failed or came too late"""
+        if self.finish is None:
+            self._resolve(second, "failed")
+            return self._settle()
         return Judged(self.released, self.finish)
 
     def end(self, finish: FinishReason) -> None:
         """The sequence ended on what was released already: the engine found a stop string in it, or gave it up."""
         if self.finish is None:
-            self.finish = finish
+            self.finish, self.question = finish, None
 
-    @property
-    def scores(self) -> Scores:
-        """(n_scored, K) float32: every row so far, NaN where one was missing."""
-        return np.concatenate(self._rows) if self._rows else np.empty((0, 0), dtype=np.float32)
+    def _settle(self) -> Judged:
+        question, ending = self.question, self._ending
+        if self._stop_at is not None:
+            self._release(self._stop_at - self.n_prompt)
+            self.question = None
+            self.finish = "content_filter" if self.verdict is Action.BLOCK else "unmonitored"
+        elif ending is not None and (question is None or ending not in ("stop", "length")):
+            if ending in ("stop", "length"):
+                self._release(self.n_sampled)
+            self.finish, self.question = ending, None
+        elif self._prompt_done:
+            judged = min(self.n_scored - self.n_prompt, self.n_sampled) if self.holds else self.n_sampled
+            self._release(judged if question is None else min(judged, question.position - self.n_prompt))
+            self.max_held = max(self.max_held, self.n_sampled - self.released)
+        return Judged(self.released, self.finish)
 
     def _release(self, count: int) -> None:
         self.released = max(self.released, count)
 
+    # --- rows in -----------------------------------------------------------------------------------------------------
+
     def _take(self, first: int, rows: Scores) -> None:
-        if len(rows) == 0:
-            return
         if first > self.n_scored:
             self._gap(first, "gap")
-        skip = self.n_scored - first  # replayed positions
-        if skip >= len(rows):
+        first, rows = self._ledger.add(first, rows)
+        if len(rows) == 0:
             return
-        first, rows = first + skip, rows[skip:]
-        self._rows.append(rows)
-        self.n_scored = first + len(rows)
         # One row a step is the usual case, and a sum of Python floats the quickest look at it.
-        if not (math.isfinite(sum(rows[0].tolist())) if len(rows) == 1 else np.isfinite(rows).all()):
+        values = rows.tolist() if len(rows) == 1 else None
+        if not (np.isfinite(rows).all() if values is None else math.isfinite(sum(values[0]))):
             self._take_broken(first, np.isfinite(rows))
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()
-        if self.n_scored > self.n_prompt:
-            self._judge_response(max(first, self.n_prompt), rows[max(0, self.n_prompt - first) :])
+        if first >= self.n_prompt:
+            self._judge_answer(first, values or rows.tolist())
+        elif self.n_scored > self.n_prompt:
+            self._judge_answer(self.n_prompt, rows[self.n_prompt - first :].tolist())
 
     def _take_broken(self, first: int, finite: npt.NDArray[np.bool_]) -> None:
-        self._miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
+        self._ledger.miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
         for track in self._tracks:
             bad = np.flatnonzero(~finite[:, track.rule.column]) + first
             self._break(track, bad.tolist())
 
     def _gap(self, until: int, cause: str) -> None:
-        """Positions from n_scored up to `until` will never have a score."""
-        start = self.n_scored
-        if until <= start:
+        if until <= self.n_scored:
             return
-        positions = list(range(start, until))
-        self._miss(positions, cause)
-        width = 1 + max((t.rule.column for t in self._tracks), default=0)
-        self._rows.append(np.full((until - start, width), np.nan, dtype=np.float32))
-        self.n_scored = until
+        positions = self._ledger.gap(until, cause)
         for track in self._tracks:
             self._break(track, positions)
         if not self._prompt_done and until >= self.n_prompt:
             self._judge_prompt()
 
-    def _miss(self, positions: list[int], cause: str) -> None:
-        self._causes[cause] += len(positions)
-        self._n_bad_prompt += sum(1 for p in positions if p < self.n_prompt)
-        self._n_bad += len(positions)
-
-    def _break(self, track: _Track, positions: list[int]) -> None:
+    def _break(self, track: AnyTrack, positions: list[int]) -> None:
         """A probe whose score is missing anywhere in its phase has no value there."""
         is_prompt = track.rule.phase is Phase.PROMPT
         mine = [p for p in positions if (p < self.n_prompt) is is_prompt]
         if not mine:
             return
         track.broken = True
-        for other, running, _ in self._running:
-            if other is track:
-                track.follow(running)
-        self._running = [r for r in self._running if r[0] is not track]
+        self._steps = [step for step in self._steps if step[2] is not track]
         track.action = worst([track.action, Action.UNMONITORED])
         self.verdict = worst([self.verdict, Action.UNMONITORED])
         if ends(track.rule, Action.UNMONITORED):
             self._stop(max(mine[0], self.n_prompt))
 
     def _stop(self, position: int) -> None:
+        if self.question is not None:  # what waits for an answer does not go out either
+            position = min(position, self.question.position)
         self._stop_at = position if self._stop_at is None else min(self._stop_at, position)
+
+    # --- judging -----------------------------------------------------------------------------------------------------
 
     def _judge_prompt(self) -> None:
         self._prompt_done = True
-        rows = np.concatenate(self._rows) if len(self._rows) > 1 else self._rows[0]
+        rows = self._ledger.rows
         for track in self._prompt:
             if not track.broken:
-                self._judge_turns(track, rows[: self.n_prompt, track.rule.column])
+                track.judge(self.prompt, rows[: self.n_prompt, track.rule.column])
+                self._act(track, self.n_prompt)
+        self._ask(self.n_prompt)
 
-    def _judge_turns(self, track: _Track, scores: Scores) -> None:
-        rule = track.rule
-        for index, turn in enumerate(self.prompt.turns):
-            running = Running(rule.aggregation, turn.start)
-            for position, score in enumerate(scores[turn.start : turn.end].tolist(), turn.start):
-                running.add(position, score)
-            value = running.value
-            if value is None:
-                continue
-            track.note_peak(running)
-            if track.value is None or value > track.value:
-                track.value = value
-                track.crossed_at = turn.end - 1 if crossed(rule, value) else None
-            if index >= self.prompt.newest and (track.newest is None or value > track.newest):
-                track.newest = value
-        track.action = outcome(rule, track.value, track.newest)
-        self.verdict = worst([self.verdict, track.action])
-        if ends(rule, track.action):
-            self._stop(self.n_prompt)
-
-    def _judge_response(self, first: int, rows: Scores) -> None:
+    def _judge_answer(self, first: int, rows: list[list[float]]) -> None:
         """Up to the row that ends the sequence: what comes after it is never released."""
-        for position, scores in enumerate(rows.tolist(), first):
-            for track, running, column in self._running:
-                value = running.add(position, scores[column])
-                if value is not None and value > track.limit:
-                    self._cross(track, position, value)
+        for position, scores in enumerate(rows, first):
+            news = [track for add, column, track in self._steps if add(position, scores[column])]
+            if news:
+                for track in news:
+                    self._act(track, position)
+                self._ask(position)
             if self._stop_at is not None:
                 return
 
-    def _cross(self, track: _Track, position: int, value: float) -> None:
-        track.limit = math.inf  # told once
-        track.crossed_at = position
-        track.action = outcome(track.rule, value)
+    def _act(self, track: AnyTrack, position: int) -> None:
         self.verdict = worst([self.verdict, track.action])
         if ends(track.rule, track.action):
             self._stop(position)
 
+    def _ask(self, position: int) -> None:
+        """Open a question for the tracks that have just come to need one; other probes answer at once."""
+        asking = [t for t in self._tracks if t.action is Action.ESCALATE]
+        if not asking or self._stop_at is not None:
+            return
+        if self.question is None:
+            self.question = Question(asking[0].rule.phase, position, asking)
+        else:
+            self.question.tracks[:] = asking
+        if self._second.probes:
+            self._resolve(self._of_probes(self.question.phase), "failed")
+
+    def _of_probes(self, phase: Phase) -> float | None:
+        found = [t for t in self._tracks if t.rule.probe in self._second.probes and t.rule.phase is phase]
+        values = [t.value for t in found if not t.broken and math.isfinite(t.value)]
+        return max(values) if len(values) == len(self._second.probes) else None
+
+    def _resolve(self, second: float | None, missing: Missing) -> None:
+        question, self.question = self.question, None
+        if question is None:
+            return
+        for track in question.tracks:
+            if not track.broken:
+                self.escalations.append(question.decide(track, self._second, second, missing))
+                if ends(track.rule, track.action):
+                    self._stop(question.position)
+        self.verdict = worst([t.action for t in self._tracks])
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Scores:
+        """(n_scored, K) float32: every row so far, NaN where one was missing."""
+        return self._ledger.rows
+
     @property
     def coverage(self) -> Coverage:
-        total = self.n_prompt + self.n_sampled
-        seen = min(self.n_scored, total)
-        unseen = total - seen
-        final = 1 if self.n_sampled and unseen else 0
-        return Coverage(
-            prompt_tokens=self.n_prompt,
-            response_tokens=self.n_sampled,
-            prompt_scored=min(seen, self.n_prompt) - self._n_bad_prompt,
-            response_scored=max(0, seen - self.n_prompt) - (self._n_bad - self._n_bad_prompt),
-            final_unscored=final,
-            unmonitored=self._n_bad,
-            not_computed=unseen - final,
-            causes=dict(self._causes),
-        )
+        return self._ledger.coverage(self.n_sampled)
 
-    def readings(self) -> tuple[ProbeReading, ...]:
-        for track, running, _ in self._running:
-            track.follow(running)
-        return tuple(t.reading() for t in self._tracks)
+    def readings(self, phase: Phase | None = None) -> tuple[ProbeReading, ...]:
+        return tuple(t.reading() for t in self._tracks if phase is None or t.rule.phase is phase)
 
-    def record(self, request_id: str, index: int, model: str, route: str) -> Record:
+    def record(self, request_id: str, index: int, model: str, caller: Caller, policy: str = "default") -> Record:
         """The finished sequence. Token scores are kept where some probe crossed its threshold or broke."""
         scores: dict[str, Sequence[float]] = {}
         readings = self.readings()
-        if self._rows and (self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
-            rows = np.concatenate(self._rows)
+        rows = self._ledger.rows
+        if len(rows) and (self.escalations or self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
             for track in self._tracks:
                 scores[track.rule.probe] = [round(v, 5) for v in rows[:, track.rule.column].tolist()]
         return Record(
@@ -297,7 +269,7 @@ class Watch:
             index=index,
             created=self.created,
             model=model,
-            route=route,
+            route=caller.route,
             format=self.prompt.format,
             verdict=self.verdict,
             finish=self.finish or "aborted",
@@ -307,4 +279,7 @@ class Watch:
             readings=readings,
             counted=tuple((t.start, t.end) for t in self.prompt.turns),
             token_scores=scores,
+            key=caller.key,
+            policy=policy,
+            escalations=tuple(self.escalations),
         )

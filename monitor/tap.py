@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from monitor.errors import ModelUnsupported, ProbeMismatch
 from monitor.probe import ProbeBank
-from monitor.types import ModelUnsupported, ProbeMismatch, Scores
+from monitor.types import Scores
 
 
 @torch.library.custom_op("midstream::tap", mutates_args=("out",))

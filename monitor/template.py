@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from monitor.types import ModelUnsupported, Prompt, RequestInvalid, Turn
+from monitor.errors import ModelUnsupported, RequestInvalid
+from monitor.types import Prompt, Turn
 
 POSITION_RULE = "turns-and-closing/1"
 """Counted: the content of every turn; after the newest turn the template's closing tokens up to the answer. Never

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from monitor.types import ConfigInvalid, Record
+from monitor.errors import ConfigInvalid
+from monitor.types import Record
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (

@@ -1,4 +1,4 @@
-"""The words that cross modules: dataclasses, enums, errors and Protocols. Imports nothing of ours."""
+"""The words that cross modules: dataclasses, enums and Protocols. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -15,45 +15,6 @@ Format = Literal["chat", "raw"]
 FinishReason = Literal["stop", "length", "content_filter", "unmonitored", "aborted", "engine_error"]
 
 
-class MidstreamError(Exception):
-    """The root of our errors. The message is one line: what is wrong, and what to do about it.
-
-    MidstreamError
-    ├── ConfigInvalid      a setting, a file or an argument
-    ├── ModelUnsupported   a model that can't be loaded or tapped
-    ├── ProbeInvalid       a probe file or card that is damaged or incomplete
-    ├── ProbeMismatch      a sound probe that does not belong to this model
-    ├── RequestInvalid     a client's request that can't be served as written
-    └── Overloaded         a bound was reached; try again later
-    """
-
-
-class ConfigInvalid(MidstreamError):
-    pass
-
-
-class ModelUnsupported(MidstreamError):
-    pass
-
-
-class ProbeInvalid(MidstreamError):
-    pass
-
-
-class ProbeMismatch(MidstreamError):
-    pass
-
-
-class RequestInvalid(MidstreamError):
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class Overloaded(MidstreamError):
-    pass
-
-
 class Phase(enum.StrEnum):
     PROMPT = "prompt"
     RESPONSE = "response"
@@ -68,16 +29,45 @@ class Mode(enum.StrEnum):
 
 
 class Action(enum.StrEnum):
-    """A verdict. `unmonitored`: a score that was needed is missing or not finite."""
+    """A verdict. `escalate`: held until a second judge has answered; `unmonitored`: a score that was needed is missing
+    or not finite."""
 
     ALLOW = "allow"
     FLAG = "flag"
+    ESCALATE = "escalate"
     BLOCK = "block"
     UNMONITORED = "unmonitored"
 
 
 # The worse of two verdicts stands.
-SEVERITY = {Action.ALLOW: 0, Action.FLAG: 1, Action.UNMONITORED: 2, Action.BLOCK: 3}
+SEVERITY = {Action.ALLOW: 0, Action.FLAG: 1, Action.ESCALATE: 2, Action.UNMONITORED: 3, Action.BLOCK: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as the server knows it: what a policy is chosen by. Nothing here is the client's own word.
+
+    key: name of the API key, "" without one; route: chat, completions, responses, ...; model: its own name, whatever
+    alias was asked for
+    """
+
+    key: str = ""
+    route: str = "internal"
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a client is told of verdicts, by its policy.
+
+    annotate: verdicts in Azure's fields; refusal: the answer to a blocked prompt, None: 400; replacement: what stands
+    in place of a blocked answer, None: it is cut
+    """
+
+    policy: str = "default"
+    annotate: bool = False
+    refusal: str | None = None
+    replacement: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +127,16 @@ class Delta:
     finish: FinishReason | None
     record: Record | None = None
     """Set with `finish`."""
+    opening: Opening | None = None
+    """Set on the first Delta of a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What is known when the prompt has its verdict. readings: of the prompt phase"""
+
+    terms: Terms
+    readings: tuple[ProbeReading, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,18 @@ class ProbeReading:
     action: Action
     would_block: bool
     """A shadow or flag probe whose value is above its threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """One question to the second judge. value, second: logits; second is None if it failed or came too late"""
+
+    probe: str
+    phase: Phase
+    position: int
+    value: float
+    second: float | None
+    result: Literal["block", "clear", "failed", "overflow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +213,10 @@ class Record:
     """Positions [start, end) of the prompt that count; every position of the answer does."""
     token_scores: Mapping[str, Sequence[float]]
     """Per probe, one score for each position; empty where no probe crossed its threshold or broke."""
+    key: str = ""
+    """Name of the API key, "" without one."""
+    policy: str = "default"
+    escalations: tuple[Escalation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +227,34 @@ class GenerationRequest:
     prompts: tuple[Prompt, ...]
     n: int
     sampling: Sampling
-    route: str
+    caller: Caller = Caller()
+    given: tuple[int, ...] | None = None
+    """The answer, if it is given and only to be judged: nothing is sampled."""
+    trace: Trace | None = None
 
 
 Deliver = Callable[[Delta], None]
+Trace = Callable[[int, Sequence[int], Scores], None]
+"""Told of every judged row of choice 0: the first position, the token ids there, (n, K) scores."""
+
+
+class Scorer(Protocol):
+    """Requests that no client waits for: a text that is only judged, or one whose scores are looked at."""
+
+    async def judge(self, request_id: str, prompt: Prompt, answer: tuple[int, ...], caller: Caller) -> Record:
+        """The record, as if `answer` had been generated after `prompt` (and published like one); its
+        `released_tokens` says how much of the answer would have gone out.
+
+        prompt: what the model would have read; answer: token ids, empty to judge the prompt alone
+        raises: RequestInvalid if it can't fit, Overloaded; cancelling it stops the work
+        """
+        ...
+
+    async def follow(
+        self, request_id: str, prompt: Prompt, max_tokens: int, temperature: float, caller: Caller, trace: Trace
+    ) -> Record:
+        """Answer a prompt for nobody; `trace` is told of every judged row. raises: as `judge`"""
+        ...
 
 
 class Observer(Protocol):

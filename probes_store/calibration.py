@@ -94,3 +94,15 @@ class Calibration(BaseModel):
         if j >= len(self.tail):
             raise ValueError(f"the card keeps {len(self.tail)} values, too few for a rate of {alpha:.3%}")
         return self.tail[j]
+
+    def rate(self, threshold: float, delta: float = DELTA) -> float | None:
+        """The smallest rate that `threshold` is certified for, the upper end of Clopper and Pearson's interval; None if
+        it lies below the values kept here."""
+        above = sum(value > threshold for value in self.tail)
+        if above == len(self.tail) and above < self.n:
+            return None
+        low, high = above / self.n, 1.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            low, high = (middle, high) if binomial_cdf(above, self.n, middle) > delta else (low, middle)
+        return high

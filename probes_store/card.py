@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,12 @@ from monitor.aggregate import Aggregation
 from probes_store.calibration import Calibration
 
 SCHEMA_VERSION = 1
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-max(-60.0, min(60.0, z))))
+
+
 Phase = Literal["prompt", "response"]
 Format = Literal["chat", "raw"]
 
@@ -42,6 +49,21 @@ class Canary(_Part):
     scores: tuple[float, ...] = Field(min_length=1)
 
 
+class Platt(_Part):
+    """A prompt's value in chat -> the probability that it is harmful, on rows that nothing was fitted to (Platt 1999).
+
+    n, positive: those rows; their share of harmful ones is the prior that the probability holds for
+    """
+
+    slope: float = Field(gt=0, allow_inf_nan=False)
+    intercept: float = Field(allow_inf_nan=False)
+    n: int = Field(ge=2)
+    positive: int = Field(ge=1)
+
+    def probability(self, value: float) -> float:
+        return sigmoid(self.slope * value + self.intercept)
+
+
 class Threshold(_Part):
     """For reading: what a threshold did on benign rows that neither fitted nor calibrated it."""
 
@@ -59,6 +81,8 @@ class Card(_Part):
     schema_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     version: str = Field(pattern=r"^v[0-9]{1,6}$")
+    kind: Literal["harm", "concept"] = "harm"
+    """A concept (capital letters, HTML) is watched, and is never a category of harm."""
     description: str = ""
     created: str
     code_version: str
@@ -70,6 +94,7 @@ class Card(_Part):
     position_rule: str
     aggregation: dict[Phase, Aggregation]
     calibration: dict[Format, dict[Phase, Calibration]] = Field(default_factory=dict)
+    platt: Platt | None = None
     thresholds: tuple[Threshold, ...] = ()
     data: tuple[DataFile, ...] = ()
     fit: dict[str, Any] = Field(default_factory=dict)
@@ -79,6 +104,10 @@ class Card(_Part):
     """Largest difference of a canary's logit; wide enough for another CPU's float32, not for another model."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of probe.safetensors."""
+
+    def probability(self, value: float) -> float:
+        """Of a prompt's value, in chat: calibrated where the card can, else the logistic function of the logit."""
+        return sigmoid(value) if self.platt is None else self.platt.probability(value)
 
     @model_validator(mode="after")
     def _both_phases(self) -> Card:

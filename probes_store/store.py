@@ -23,7 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from monitor.types import ConfigInvalid, ProbeInvalid
+from monitor.errors import ConfigInvalid, ProbeInvalid
 from probes_store.card import Card
 
 SHIPPED = Path(__file__).parent

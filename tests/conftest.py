@@ -1,6 +1,7 @@
 """What tests share: a tiny random model with a real tokenizer, published probes, and a server on a real socket."""
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -23,11 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from monitor.aggregate import Aggregation
 from monitor.api.app import create_app
+from monitor.api.edge import Edge
+from monitor.api.judging import Judging
 from monitor.api.openai import Service
+from monitor.api.others import other_routes
 from monitor.config import DEMO_MODEL, Settings, cache_dir, load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.harvest import residual_streams, score_streams
 from monitor.engines.embedded.model import LoadedModel, load_model
+from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.live import LiveProbes, counted, load_live
 from monitor.metrics import Metrics
 from monitor.probe import ProbeBank, ProbeWeights
@@ -36,6 +41,8 @@ from monitor.types import Record
 from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
 from probes_store.store import Store
+
+from .star import fit_star_probe
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
 
@@ -71,33 +78,56 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def tiny_config(kind: Callable[..., Any] = LlamaConfig, **changes: Any) -> Any:
+    """4 layers, 64 wide, for the tokenizer of bytes. kind: a config class of transformers"""
+    tokenizer = tiny_tokenizer()
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "initializer_range": 0.06,
+    }
+    return kind(**(fields | changes))
+
+
+def save_tiny(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 4-layer Llama, 64 wide, that writes nonsense deterministically."""
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    tokenizer = tiny_tokenizer()
+    """A random Llama that writes nonsense deterministically."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.06,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama", LlamaForCausalLM(tiny_config()))
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> LoadedModel:
     return load_model(str(tiny_folder), cache=cache_dir())
+
+
+@pytest.fixture(scope="module")
+def quiet(tiny: LoadedModel) -> Iterator[LoadedModel]:
+    """The tiny model with logits so small that a bias decides."""
+    with torch.no_grad():
+        tiny.module.lm_head.weight.mul_(1e-3)
+    yield tiny
+    with torch.no_grad():
+        tiny.module.lm_head.weight.mul_(1e3)
+
+
+@pytest.fixture(scope="module")
+def star_probe(quiet: LoadedModel) -> tuple[ProbeWeights, float]:
+    return fit_star_probe(quiet)
 
 
 @pytest.fixture(scope="session")
@@ -153,11 +183,14 @@ class Sink:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.records: list[Record] = []
+        self.at: dict[str, float] = {}
+        """Request id -> when its newest record came, on the monotonic clock."""
         self._new = threading.Condition()
 
     def record(self, record: Record) -> None:
         self.metrics.record(record)
         with self._new:
+            self.at[record.request_id] = time.monotonic()
             self.records.append(record)
             self._new.notify_all()
 
@@ -181,11 +214,15 @@ class LiveServer:
         self.engine, self.model, self.sink = engine, model, sink
         vocabulary = model.module.config.vocab_size
         service = Service(engine, model.template, settings, frozenset({model.name}), vocabulary)
-        app = create_app(service, sink.metrics, engine.readiness)
+        self.edge = Edge.of(settings, sink.metrics)
+        judging = Judging(EmbeddedScorer(engine), model.template, settings, model.name)
+        others = other_routes(judging, lambda: engine.live)
+        self.app = app = create_app(service, sink.metrics, engine.readiness, self.edge, others)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        options = self.edge.server_options() | {"log_level": "error"}
+        self._server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=5, **options))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
 
     def start(self) -> None:
@@ -208,6 +245,15 @@ class LiveServer:
     def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> httpx.Response:
         return httpx.post(self.url + path, json={"model": self.model.name} | body, timeout=60, **kwargs)
 
+    def idle(self) -> bool:
+        """Waits until nothing runs any more; False if it goes on."""
+        deadline = time.monotonic() + 20
+        while (busy := self.engine.describe())["active"] or busy["waiting"]:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
     def metric(self, name: str, **labels: str) -> float:
         return self.sink.metrics.registry.get_sample_value(name, labels) or 0.0
 
@@ -215,22 +261,31 @@ class LiveServer:
 Serve = Callable[..., LiveServer]
 
 
+@contextlib.contextmanager
+def serving(
+    model: LoadedModel, probes: list[tuple[ProbeWeights, dict[str, Any]]], folder: Path, **settings: Any
+) -> Iterator[LiveServer]:
+    """A LiveServer of probes, given as [(probe, card changes)] and published to `folder`."""
+    live, chosen = publish(model, probes, folder, **settings)
+    sink = Sink()
+    server = LiveServer(EmbeddedEngine(model, live, chosen, sink), model, sink, chosen)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """serve(model, [(probe, card changes)], **settings) -> a LiveServer; stopped after the test."""
-    running: list[LiveServer] = []
+    with contextlib.ExitStack() as running:
+        stores = itertools.count()
 
-    def start(model: LoadedModel, probes: list[tuple[ProbeWeights, dict[str, Any]]], **settings: Any) -> LiveServer:
-        live, chosen = publish(model, probes, tmp_path / f"store{len(running)}", **settings)
-        sink = Sink()
-        server = LiveServer(EmbeddedEngine(model, live, chosen, sink), model, sink, chosen)
-        running.append(server)
-        server.start()
-        return server
+        def start(*given: Any, **settings: Any) -> LiveServer:
+            return running.enter_context(serving(*given, tmp_path / f"store{next(stores)}", **settings))
 
-    yield start
-    for server in running:
-        server.stop()
+        yield start
 
 
 def publish(

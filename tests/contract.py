@@ -4,6 +4,7 @@ calm: a probe that never fires; trigger: one that fires on every prompt; starred
 All three block in both phases. The tests force what is sampled by fields that any client may send.
 """
 
+import asyncio
 import dataclasses
 import json
 import threading
@@ -21,7 +22,7 @@ from monitor.engines.embedded.harvest import residual_streams, score_streams
 from monitor.engines.embedded.model import LoadedModel
 from monitor.live import LiveProbes
 from monitor.sequence import Watch
-from monitor.types import Record
+from monitor.types import Caller, Record, Scorer
 
 from .conftest import Sink
 from .star import FILLER, token
@@ -43,6 +44,12 @@ class Server:
     live: LiveProbes
     sink: Sink
     idle: Callable[[], bool]
+    scorer: Scorer | None = None
+    run: Callable[[Any], Any] = asyncio.run
+    """Runs a coroutine where the scorer may be awaited."""
+
+    def judge(self, *text: Any) -> Record:
+        return self.run(self.scorer.judge(*text))
 
     @property
     def api(self) -> openai.OpenAI:
@@ -129,7 +136,7 @@ def expected(server: Server, messages: list[dict[str, str]]) -> Record:
     ((_, streams),) = residual_streams(server.model, [prompt], bank.layers)
     watch = Watch(prompt, server.live.rules["chat"])
     watch.advance(0, score_streams(bank, streams))
-    return watch.record("expected", 0, server.model.name, "chat")
+    return watch.record("expected", 0, server.model.name, Caller(route="chat"))
 
 
 def prompt_reading(record: Record) -> Any:

@@ -1,12 +1,12 @@
-"""Aggregation: every kind equals its plain definition, and a replayed position changes nothing."""
+"""Aggregation: every kind equals its plain definition, whole or token by token."""
 
 import math
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitor.aggregate import KINDS, Aggregation, Running, aggregate, fold
+from monitor.aggregate import KINDS, Aggregation, aggregate, fold
 
 SCORES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
 HOW = st.builds(Aggregation, st.sampled_from(KINDS), st.floats(0.01, 1), st.integers(1, 20))
@@ -68,39 +68,29 @@ def test_window_forgets_what_left_it():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_score_is_not_a_value(kind):
     assert math.isnan(aggregate(Aggregation(kind), []))
-    assert Running(Aggregation(kind), 0).value is None
-
-
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(HOW, SCORES, st.integers(0, 1000), st.data())
-def test_replayed_positions_change_nothing(how, scores, start, data):
-    running, seen, position = Running(how, start), [], start
-    while position < start + len(scores):
-        # As after a preemption: go back any number of positions, then on, with whatever the replay computed.
-        for again in range(data.draw(st.integers(start, position)), position):
-            assert running.add(again, data.draw(st.floats(-1e6, 1e6))) == seen[-1]
-        seen.append(running.add(position, scores[position - start]))
-        position += 1
-    step = fold(how)
-    assert seen == [step(s) for s in scores]
-    assert running.value == seen[-1] == aggregate(how, scores)
 
 
 @settings(deadline=None)
-@given(HOW, SCORES, st.integers(0, 1000))
-def test_peaks(how, scores, start):
-    running = Running(how, start)
-    for position, score in enumerate(scores, start):
-        running.add(position, score)
-    assert running.peak == max(aggregate(how, scores[: i + 1]) for i in range(len(scores)))
-    assert running.peak_score == max(scores)
-    assert running.peak_position == start + scores.index(max(scores))
+@given(HOW, SCORES)
+def test_running_values_equal_their_definition(how, scores):
+    step = fold(how)
+    for i, score in enumerate(scores):
+        so_far = scores[: i + 1]
+        expected = {
+            "last": score,
+            "max": score,  # whose maximum the caller takes
+            "mean": mean(so_far),
+            "ema": weighted_mean(so_far, how.alpha),
+            "window_mean_max": mean(so_far[-how.window :]),
+        }[how.kind]
+        assert step(score) == pytest.approx(expected, **NEAR)
 
 
-def test_peak_stays_when_the_value_falls():
-    running = Running(Aggregation("last"), 5)
-    values = [running.add(5 + i, s) for i, s in enumerate([1.0, 9.0, 2.0])]
-    assert (values, running.value, running.peak, running.peak_position) == ([1.0, 9.0, 2.0], 2.0, 9.0, 6)
+def test_two_folds_share_nothing():
+    how = Aggregation("window_mean_max", window=3)
+    first, second = fold(how), fold(how)
+    first(100.0)
+    assert second(1.0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,43 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("monitor", "training", "probes_store")
 
-PURE = {"monitor.types", "monitor.aggregate", "monitor.probe", "monitor.template", "monitor.tap"}
+WORDS = {"monitor.types", "monitor.errors"}
+PURE = {"monitor.types", "monitor.errors", "monitor.aggregate", "monitor.probe", "monitor.template", "monitor.tap"}
 # Who may import whom, by longest prefix. types <- {probe, aggregate, policy, ...} <- watch <- engines and api <- cli.
 MAY = {
     "monitor": set(),
     "monitor.types": set(),
+    "monitor.errors": set(),
     "monitor.aggregate": set(),
-    "monitor.config": {"monitor.types"},
-    "monitor.probe": {"monitor.types"},
-    "monitor.template": {"monitor.types"},
-    "monitor.tap": {"monitor.types", "monitor.probe"},
-    "monitor.policy": {"monitor.types", "monitor.aggregate"},
-    "monitor.sequence": {"monitor.types", "monitor.aggregate", "monitor.policy"},
-    "monitor.metrics": {"monitor.types", "monitor.policy"},
-    "monitor.traffic": {"monitor.types"},
+    "monitor.config": WORDS,
+    "monitor.keys": WORDS,
+    "monitor.probe": WORDS,
+    "monitor.template": WORDS,
+    "monitor.tap": WORDS | {"monitor.probe"},
+    "monitor.policy": set(),
+    "monitor.policy.rule": WORDS | {"monitor.aggregate"},
+    "monitor.policy.file": WORDS | {"monitor.config", "monitor.policy.rule"},
+    "monitor.policy.resolve": WORDS | {"monitor.policy", "probes_store"},
+    "monitor.policy.keeper": WORDS | {"monitor.config", "monitor.policy", "monitor.live"},
+    "monitor.policy.second": WORDS | {"monitor.policy.file"},
+    "monitor.coverage": {"monitor.types"},
+    "monitor.track": {"monitor.types", "monitor.aggregate", "monitor.policy.rule"},
+    "monitor.question": {"monitor.types", "monitor.policy.rule", "monitor.track"},
+    "monitor.sequence": {
+        "monitor.types",
+        "monitor.policy.rule",
+        "monitor.coverage",
+        "monitor.track",
+        "monitor.question",
+    },
+    "monitor.metrics": {"monitor.types", "monitor.policy.rule"},
+    "monitor.offenders": {"monitor.types"},
+    "monitor.audit": WORDS,
+    "monitor.traffic": WORDS,
     "monitor.notice": {"monitor.types"},
     "monitor.live": {
         "monitor.types",
+        "monitor.errors",
         "monitor.config",
         "monitor.policy",
         "monitor.probe",
@@ -30,15 +50,26 @@ MAY = {
         "probes_store",
     },
     "monitor.engines": PURE
-    | {"monitor.config", "monitor.policy", "monitor.sequence", "monitor.live", "monitor.engines"},
+    | {
+        "monitor.config",
+        "monitor.policy",
+        "monitor.question",
+        "monitor.sequence",
+        "monitor.live",
+        "monitor.engines",
+    },
     "monitor.engines.vllm.launch": PURE | {"monitor.config", "monitor.live", "monitor.engines", "probes_store"},
     "monitor.api": PURE
     | {
         "monitor",
+        "monitor.audit",
         "monitor.config",
+        "monitor.keys",
         "monitor.live",
         "monitor.metrics",
         "monitor.notice",
+        "monitor.offenders",
+        "monitor.policy",
         "monitor.traffic",
         "monitor.engines",
         "monitor.api",
@@ -56,7 +87,9 @@ MAY = {
         "monitor.api",
     },
     "monitor.cli": {"monitor", "training", "probes_store"},
-    "probes_store": {"monitor.types", "monitor.aggregate", "probes_store"},
+    "monitor.cli_keys": WORDS | {"monitor.config", "monitor.keys"},
+    "monitor.cli_policy": WORDS | {"monitor.config", "monitor.policy", "probes_store"},
+    "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
     "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},
 }
 LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from monitor.engines.vllm.banks import Banks
+from monitor.errors import ConfigInvalid, Overloaded, ProbeMismatch
 from monitor.live import LiveProbes
 from monitor.probe import ProbeBank, ProbeWeights
-from monitor.types import ConfigInvalid, Overloaded, ProbeMismatch
 
 D_MODEL = 8
 
@@ -19,7 +19,7 @@ def live(*layers, n=1):
     probes = [
         ProbeWeights(f"p{i}", {layer: torch.full((D_MODEL,), layer + i / 4) for layer in layers}, i) for i in range(n)
     ]
-    return LiveProbes((), ProbeBank(probes, D_MODEL), {})
+    return LiveProbes.under_rules(ProbeBank(probes, D_MODEL), {})
 
 
 class Rpc:

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from monitor.config import DEMO_MODEL, Settings, load_settings
-from monitor.types import ConfigInvalid, Mode, Phase
+from monitor.errors import ConfigInvalid
+from monitor.types import Mode, Phase
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,6 @@
 """The HTTP contract, with the embedded engine."""
 
-import time
-
 import pytest
-import torch
 
 from monitor.probe import ProbeWeights
 
@@ -12,22 +9,6 @@ from .conftest import LAYER, calibrated
 pytest.register_assert_rewrite("tests.contract")
 
 from .contract import BOTH, Contract, Server, zero_probe  # noqa: E402
-from .star import fit_star_probe  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def quiet(tiny):
-    """The tiny model with logits so small that a bias decides."""
-    with torch.no_grad():
-        tiny.module.lm_head.weight.mul_(1e-3)
-    yield tiny
-    with torch.no_grad():
-        tiny.module.lm_head.weight.mul_(1e3)
-
-
-@pytest.fixture(scope="module")
-def star_probe(quiet):
-    return fit_star_probe(quiet)
 
 
 @pytest.fixture
@@ -35,14 +16,7 @@ def start(quiet, serve):
     def started(probe, threshold):
         modes = {probe.name: {"prompt": "block", "response": "block"}}
         running = serve(quiet, [(probe, {"calibration": calibrated(threshold)})], modes=modes)
-
-        def idle():
-            deadline = time.monotonic() + 20
-            while (active := running.engine.describe()["active"]) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return not active
-
-        return Server(running.url, quiet, running.engine.live, running.sink, idle)
+        return Server(running.url, quiet, running.engine.live, running.sink, running.idle)
 
     return started
 

@@ -10,10 +10,11 @@ import torch
 from monitor.aggregate import Aggregation
 from monitor.config import load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
+from monitor.errors import Overloaded, RequestInvalid
 from monitor.live import LiveProbes
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.probe import ProbeBank
-from monitor.types import GenerationRequest, Mode, Overloaded, Phase, RequestInvalid, Sampling
+from monitor.types import Caller, GenerationRequest, Mode, Phase, Sampling
 
 from .conftest import Sink, reference_logits
 
@@ -25,7 +26,7 @@ def engine_of(tiny, random_probe):
     def make(mode=Mode.FLAG, threshold=-1e9, **settings):
         # Flagging everything makes every record keep its token scores.
         rules = tuple(Rule("random", "v1", 0, p, mode, threshold, Aggregation("max"), "closed") for p in Phase)
-        live = LiveProbes((), ProbeBank([random_probe], tiny.d_model), {"chat": rules, "raw": rules})
+        live = LiveProbes.under_rules(ProbeBank([random_probe], tiny.d_model), {"chat": rules, "raw": rules})
         sink = Sink()
         died = []
         engine = EmbeddedEngine(tiny, live, load_settings(**settings), sink, died.append)
@@ -41,7 +42,8 @@ def engine_of(tiny, random_probe):
 def ask(engine, prompt, name="r", n=1, deliver=None, **sampling):
     deltas = queue.Queue()
     sampling = {"max_tokens": 16, "temperature": 0.0} | sampling
-    engine.submit(GenerationRequest(name, (prompt,), n, Sampling(**sampling), "chat"), deliver or deltas.put)
+    caller = Caller(route="chat")
+    engine.submit(GenerationRequest(name, (prompt,), n, Sampling(**sampling), caller), deliver or deltas.put)
     return deltas
 
 
@@ -98,7 +100,7 @@ def test_scores_alone_and_among_eight_that_join_and_leave(tiny, random_probe, en
 
 def test_prefill_rows_equal_transformers_unrounded(tiny, random_probe):
     rules = tuple(Rule("random", "v1", 0, p, Mode.SHADOW, None, Aggregation("max"), "closed") for p in Phase)
-    live = LiveProbes((), ProbeBank([random_probe], tiny.d_model), {"chat": rules, "raw": rules})
+    live = LiveProbes.under_rules(ProbeBank([random_probe], tiny.d_model), {"chat": rules, "raw": rules})
     engine = EmbeddedEngine(tiny, live, load_settings(max_step_tokens=16), Sink())
     prompt = chat(tiny, "a long prompt " * 20)
     rows = engine.prefill(prompt)
@@ -279,7 +281,7 @@ def test_logits_that_are_not_numbers_end_one_sequence(tiny, engine_of):
 
 def test_models_that_would_mix_requests_are_refused(tiny):
     from monitor.engines.embedded.model import _check_batchable
-    from monitor.types import ModelUnsupported
+    from monitor.errors import ModelUnsupported
 
     config = tiny.module.config
     before = getattr(config, "layer_types", None)

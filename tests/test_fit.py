@@ -14,8 +14,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from monitor.aggregate import Aggregation
+from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
-from monitor.types import ConfigInvalid
 from training import data, fit
 from training.data import PAIRS, Row, read_jsonl, sample, split, text_hash, unique
 from training.evaluate import auroc, auroc_interval, clopper_pearson, rate, separation
@@ -421,3 +421,16 @@ def test_rate_counts_strictly_above_and_leaves_out_what_is_missing():
 def test_separation():
     got = separation([3.0, 4.0, 5.0], [0.0, 1.0])
     assert (got["n_harmful"], got["n_harmless"], got["auroc"], got["low"], got["high"]) == (3, 2, 1.0, 1.0, 1.0)
+
+
+def test_platt_finds_the_slope_that_made_the_labels():
+    random = np.random.default_rng(0)
+    values = random.normal(0, 3, 20_000)
+    labels = (random.random(20_000) < 1 / (1 + np.exp(-(0.8 * values - 0.5)))).astype(np.int64)
+    slope, intercept = fit.fit_platt(values, labels)
+    assert (slope, intercept) == (pytest.approx(0.8, abs=0.05), pytest.approx(-0.5, abs=0.05))
+
+
+def test_platt_stays_finite_on_rows_that_a_line_separates():
+    slope, intercept = fit.fit_platt(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0, 0, 1, 1]))
+    assert 0 < slope < 10 and abs(intercept) < 1

@@ -17,9 +17,9 @@ from monitor.api.vllm.wire import WIRES, sse
 from monitor.config import load_settings
 from monitor.engines.vllm.call import CALL
 from monitor.metrics import Metrics
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.sequence import Watch
-from monitor.types import Mode, Phase, Prompt, Turn
+from monitor.types import Caller, Mode, Opening, Phase, Prompt, Terms, Turn
 
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 BATCH = "/v1/chat/completions/batch"
@@ -109,9 +109,14 @@ def whole(data, status=200):
     return [start(b"application/json", status, (b"content-length", str(len(raw)).encode())), part(raw, more=False)]
 
 
-def judge(n=1):
+def judge(n=1, terms=None, readings=()):
+    """n more prompts have their verdict."""
+
     def step(inner):
-        inner.call.judged += n
+        call = inner.call
+        call.terms = terms or Terms()
+        first = len(call.openings)
+        call.openings |= {first + i: Opening(call.terms, readings) for i in range(n)}
 
     return step
 
@@ -148,7 +153,7 @@ def record_of(scores, fail_mode="closed", index=0):
     watch = Watch(Prompt((0, 1, 2), (Turn(1, 3),), 0, "chat"), rules)
     watch.advance(0, np.array(scores, np.float32).reshape(3, 1), 1)
     watch.end("aborted")
-    return watch.record("r1", index, "m", "chat")
+    return watch.record("r1", index, "m", Caller(route="chat"))
 
 
 HARMFUL, UNSCORED, ABORTED = record_of([0, 9, 0]), record_of([0, np.nan, 0]), record_of([0, 0, 0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import monitor
-from monitor.types import MidstreamError
+from monitor.errors import MidstreamError
 
 from .conftest import calibrated, publish, reference_logits
 

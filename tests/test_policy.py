@@ -6,7 +6,7 @@ import math
 import pytest
 
 from monitor.aggregate import Aggregation
-from monitor.policy import Rule, crossed, ends, outcome, worst
+from monitor.policy.rule import Rule, crossed, ends, outcome, worst
 from monitor.types import Action, Mode, Phase
 
 THRESHOLD = 2.0

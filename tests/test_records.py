@@ -15,11 +15,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from monitor.aggregate import Aggregation
+from monitor.errors import ConfigInvalid
 from monitor.metrics import Metrics
 from monitor.notice import Webhook, notice, print_line
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.traffic import TrafficLog, find_records, record_json
-from monitor.types import Action, ConfigInvalid, Coverage, Mode, Phase, ProbeReading, Record
+from monitor.types import Action, Coverage, Mode, Phase, ProbeReading, Record
 
 
 def coverage(**changes):
@@ -380,7 +381,7 @@ def test_counts_per_action():
         cover = coverage(prompt_scored=3, unmonitored=1, causes={"not_finite": 1}) if missing else coverage()
         metrics.record(record(verdict=action, finish=finish, readings=(one,), coverage=cover))
     counts = {a: value(metrics, "requests_total", route="chat", action=a) for a in Action}
-    assert counts == {Action.ALLOW: 2, Action.FLAG: 1, Action.BLOCK: 1, Action.UNMONITORED: 1}
+    assert counts == {Action.ALLOW: 2, Action.FLAG: 1, Action.ESCALATE: None, Action.BLOCK: 1, Action.UNMONITORED: 1}
     assert value(metrics, "flags_total", probe="demo", phase="prompt") == 1
     assert value(metrics, "blocks_total", probe="demo", phase="prompt") == 1
     assert value(metrics, "tokens_scored_total", phase="prompt") == 4 * 4 + 3

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from monitor.aggregate import Aggregation
 from monitor.config import load_settings
+from monitor.errors import ConfigInvalid, MidstreamError, ProbeInvalid, ProbeMismatch
 from monitor.live import ServedModel, assemble, load_live
 from monitor.template import POSITION_RULE
-from monitor.types import ConfigInvalid, MidstreamError, ProbeInvalid, ProbeMismatch
 from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
 from probes_store.store import MAX_FILE_BYTES, Store, model_slug, read_folder

@@ -7,7 +7,7 @@ import pytest
 
 from monitor.engines.vllm import support
 from monitor.engines.vllm.support import ARCHITECTURES, TESTED_VERSIONS, TapConfig, check_config, check_environment
-from monitor.types import ConfigInvalid, ModelUnsupported
+from monitor.errors import ConfigInvalid, ModelUnsupported
 
 VARIABLES = sorted(support._REFUSED_VARIABLES)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from monitor.engines.embedded.harvest import residual_streams, score_streams
+from monitor.errors import ModelUnsupported, ProbeInvalid, ProbeMismatch
 from monitor.probe import LinearProbe, ProbeBank, ProbeWeights
 from monitor.tap import Tap, attach, decoder_blocks, tap_op
-from monitor.types import ModelUnsupported, ProbeInvalid, ProbeMismatch
 
 from .conftest import LAYER, reference_logits
 

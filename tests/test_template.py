@@ -2,7 +2,7 @@
 
 import pytest
 
-from monitor.types import RequestInvalid
+from monitor.errors import RequestInvalid
 
 
 def texts(model, prompt):

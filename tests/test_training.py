@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from monitor.config import load_settings
+from monitor.errors import ConfigInvalid
 from monitor.live import counted, load_live
-from monitor.types import ConfigInvalid, Mode
+from monitor.types import Mode
 from probes_store.store import Store
 from training.run import train
 

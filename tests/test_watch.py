@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor.aggregate import Aggregation
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.sequence import Watch
 from monitor.types import Action, Mode, Phase, Prompt, Turn
 

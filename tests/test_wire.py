@@ -152,7 +152,8 @@ def test_a_choice_without_a_token_gets_exactly_one_finish_before_the_usage_and_d
         "created": 7,
         "model": "m",
     }
-    assert added["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "content_filter"}]
+    ending = {"finish_reason": "content_filter", "stop_reason": None}
+    assert added["choices"] == [{"index": 0, "text": "", "logprobs": None} | ending]
     assert [data is None or not data["choices"] for _, data in events[4:]] == [True] * len(tail)
 
 

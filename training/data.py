@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from monitor.types import ConfigInvalid
+from monitor.errors import ConfigInvalid
 from probes_store.card import DataFile
 
 PAIRS = Path(__file__).parent / "pairs.jsonl"

@@ -74,6 +74,20 @@ def fit_logistic(x: Array, y: npt.NDArray[np.int64], weights: Array, c: float) -
     return Fitted("logistic_regression", weight, bias, {"C": c, "iterations": int(model.n_iter_[0])})
 
 
+def fit_platt(values: Array, labels: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """(slope, intercept) of the probability of label 1. Platt 1999, with his targets, which no outlier can drive to 0
+    or 1: each row counts as both labels, in the shares of its target."""
+    from sklearn.linear_model import LogisticRegression
+
+    positive, negative = int((labels == 1).sum()), int((labels == 0).sum())
+    high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
+    target = np.where(labels == 1, high, low)
+    x = np.concatenate([values, values])[:, None]
+    y = np.repeat([1, 0], len(values))
+    model = LogisticRegression(C=np.inf, tol=1e-8).fit(x, y, sample_weight=np.concatenate([target, 1 - target]))
+    return float(model.coef_[0, 0]), float(model.intercept_[0])
+
+
 def fit_torch(
     x: Array,
     y: npt.NDArray[np.int64],

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from monitor.aggregate import Aggregation
-from monitor.types import ConfigInvalid
+from monitor.errors import ConfigInvalid
 from probes_store.card import DataFile
 from training.data import PAIRS, Part, Row, balanced, read_jsonl, same_text, sample, split, text_hash, unique
 

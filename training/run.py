@@ -16,15 +16,16 @@ from monitor import __version__
 from monitor.config import Settings
 from monitor.engines.embedded.harvest import answer_values, prompt_values, residual_streams, score_streams
 from monitor.engines.embedded.model import LoadedModel, load_model
+from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
-from monitor.types import ConfigInvalid, Format, Phase, Prompt
+from monitor.types import Format, Phase, Prompt
 from probes_store.calibration import Calibration, rows_needed
-from probes_store.card import Canary, Card, ModelId, Threshold
+from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
 from training.data import Row, read_jsonl
 from training.evaluate import Array, rate, separation
-from training.fit import Fitted, fit_logistic, fit_torch
+from training.fit import Fitted, fit_logistic, fit_platt, fit_torch
 from training.floor import tfidf_scores
 from training.progress import progress, ticks
 from training.recipe import Recipe, default_recipe, gather, read_recipe
@@ -60,9 +61,10 @@ class Trainer:
         probe = ProbeWeights(self.name, {self.layer: torch.from_numpy(fitted.weight).float()}, fitted.bias)
         calibration = self._calibrate(probe)
         thresholds = self._thresholds(probe, calibration)
+        platt = self.platt(probe)
         if self.recipe.evaluate:
             metrics["evaluation"] = self._evaluate(probe, calibration)
-        card = self._card(probe, fitted, calibration, thresholds, metrics)
+        card = self._card(probe, fitted, calibration, platt, thresholds, metrics)
         folder = self.store.publish(card, probe.weight, probe.bias)
         self._tell(folder, calibration, metrics)
         return folder
@@ -148,6 +150,19 @@ class Trainer:
                 result[form][Phase.RESPONSE] = Calibration.fit(values, source)
         return result
 
+    def platt(self, probe: ProbeWeights) -> Platt | None:
+        """Probabilities, on rows that nothing was fitted to; None if one label is missing among them."""
+        rows = self.parts["test"]
+        labels = np.array([r.label for r in rows])
+        if len(set(labels.tolist())) < 2:
+            return None
+        values = self._values(probe, [r.text for r in rows], "chat", "calibrating probabilities")
+        slope, intercept = fit_platt(np.array(values), labels)
+        if slope <= 0:
+            self.console.print("[yellow]higher values are not more harmful on the held-out rows: no probabilities[/]")
+            return None
+        return Platt(slope=slope, intercept=intercept, n=len(rows), positive=int(labels.sum()))
+
     def _thresholds(
         self, probe: ProbeWeights, calibration: dict[Format, dict[Phase, Calibration]]
     ) -> tuple[Threshold, ...]:
@@ -216,6 +231,7 @@ class Trainer:
         probe: ProbeWeights,
         fitted: Fitted,
         calibration: dict[Format, dict[Phase, Calibration]],
+        platt: Platt | None,
         thresholds: tuple[Threshold, ...],
         metrics: dict[str, Any],
     ) -> Card:
@@ -246,6 +262,7 @@ class Trainer:
             position_rule=POSITION_RULE,
             aggregation={phase.value: how for phase, how in self.aggregation.items()},
             calibration={f: {p.value: c for p, c in phases.items()} for f, phases in calibration.items()},
+            platt=platt,
             thresholds=thresholds,
             data=tuple(self.files),
             fit={"method": fitted.method, **fitted.details, "recipe": self.recipe.model_dump(mode="json")},

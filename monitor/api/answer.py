@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.requests import Request
 
-from monitor.api.errors import ApiError, blocked_readings, ended_badly, from_domain, prompt_blocked
-from monitor.types import Delta, Engine, GenerationRequest, Overloaded, Phase, RequestInvalid
+from monitor.api.errors import ApiError, PromptBlocked, blocked_readings, ended_badly, from_domain
+from monitor.api.verdicts import answer_annotation, known, prompt_annotation, verdict_headers
+from monitor.errors import Overloaded, RequestInvalid
+from monitor.types import Delta, Engine, GenerationRequest, Opening, Phase, Record, Terms
 
 
 class Answer:
@@ -23,6 +26,9 @@ class Answer:
         self.request = request
         self.n_choices = len(request.prompts) * request.n
         self.released = 0
+        self.terms = Terms()
+        self.records: dict[int, Record] = {}
+        self.openings: dict[int, Opening] = {}  # by choice: the verdict on its prompt
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delta] = asyncio.Queue()
@@ -46,6 +52,9 @@ class Answer:
             waiting = set(range(self.n_choices))
             while waiting:
                 delta = await self._queue.get()
+                if delta.opening is not None:
+                    self.terms = delta.opening.terms
+                    self.openings[delta.index] = delta.opening
                 self._check_prompt(delta)
                 self._early.append(delta)
                 waiting.discard(delta.index)
@@ -54,9 +63,21 @@ class Answer:
         if delta.record is None:
             return
         if blocked_readings(delta.record, Phase.PROMPT):
-            raise prompt_blocked(delta.record, delta.index // self.request.n, len(self.request.prompts))
+            raise PromptBlocked(delta.record, delta.index // self.request.n, len(self.request.prompts), self.terms)
         if error := ended_badly(delta.record):
             raise error
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return verdict_headers(self.terms.policy, known(self.openings, self.records))
+
+    @property
+    def annotations(self) -> dict[str, Any]:
+        return prompt_annotation(self.terms, self.openings, self.request.n)
+
+    def annotation(self, index: int) -> dict[str, Any]:
+        """Of a choice that has ended."""
+        return answer_annotation(self.terms, self.records[index])
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Every Delta until all choices have ended. raises: ApiError where a choice may not be answered at all"""
@@ -65,6 +86,7 @@ class Answer:
             delta = self._early.pop(0) if self._early else await self._queue.get()
             if delta.record is not None:
                 left -= 1
+                self.records[delta.index] = delta.record
                 if error := ended_badly(delta.record):
                     raise error
             self.released += delta.n_tokens

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,12 +16,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from monitor.api.answer import Answer, as_event_error
-from monitor.api.errors import ApiError, from_domain
+from monitor.api.errors import ApiError, PromptBlocked, from_domain
+from monitor.api.refusal import Refusal, refuse
 from monitor.api.render import ChatShape, CompletionShape, envelope, usage
 from monitor.api.schema import ChatRequest, CompletionRequest, Generate
 from monitor.config import Settings
+from monitor.errors import RequestInvalid
 from monitor.template import ChatTemplate
-from monitor.types import Engine, GenerationRequest, Prompt, RequestInvalid
+from monitor.types import Caller, Engine, GenerationRequest, Prompt
 
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -81,18 +84,23 @@ def openai_routes(service: Service) -> APIRouter:
         shape: ChatShape | CompletionShape,
         route: str,
     ) -> Response:
-        request = plan(http.state.midstream_id, body, prompts, limit, logprobs, route)
+        caller = Caller(http.state.midstream_key, route, engine.model_name)
+        request = plan(http.state.midstream_id, body, prompts, limit, logprobs, caller)
         answer = Answer(engine, request)
-        await answer.judge_prompts(http)
+        try:
+            await answer.judge_prompts(http)
+        except PromptBlocked as blocked:
+            return refused(blocked, answer, body)
         n_prompt = sum(len(p.token_ids) for p in prompts)
         base = envelope(shape, request.id, body.model, chunk=body.stream)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream(answer, shape, base, n_prompt if with_usage else None)
-            return JudgedStream(answer, events, media_type="text/event-stream", headers=_SSE)
+            return JudgedStream(answer, events, media_type="text/event-stream", headers=_SSE | answer.headers)
         async with answer.guarded(http):
             choices = await gather(answer, shape)
-        return JSONResponse(base | {"choices": choices, "usage": usage(n_prompt, answer.released)})
+        content = base | {"choices": choices, "usage": usage(n_prompt, answer.released)}
+        return JSONResponse(content | answer.annotations, headers=answer.headers)
 
     def plan(
         request_id: str,
@@ -100,7 +108,7 @@ def openai_routes(service: Service) -> APIRouter:
         prompts: Sequence[Prompt],
         limit: int | None,
         logprobs: int | None,
-        route: str,
+        caller: Caller,
     ) -> GenerationRequest:
         if body.model not in service.names:
             raise ApiError(
@@ -119,16 +127,35 @@ def openai_routes(service: Service) -> APIRouter:
             raise ApiError(
                 400,
                 f"{wanted} do not fit into the model's {engine.max_model_len}; shorten the prompt or max_tokens",
-                param="messages" if route == "chat" else "prompt",
+                param="messages" if caller.route == "chat" else "prompt",
                 code="context_length_exceeded",
             )
         try:
             sampling = body.sampling(limit or min(room, settings.default_max_tokens), service.vocabulary, logprobs)
         except RequestInvalid as error:
             raise from_domain(error) from error
-        return GenerationRequest(request_id, tuple(prompts), n, sampling, route)
+        return GenerationRequest(request_id, tuple(prompts), n, sampling, caller)
 
     return routes
+
+
+def refused(blocked: PromptBlocked, answer: Answer, body: Generate) -> Response:
+    """What the policy has for a blocked prompt: its text, or the 400. raises: PromptBlocked"""
+    text, request = blocked.terms.refusal, answer.request
+    if text is None:
+        raise blocked
+    refusal = Refusal(
+        id=request.id,
+        model=body.model,
+        text=text,
+        created=int(time.time()),
+        n=answer.n_choices,
+        stream=body.stream,
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        prompt_tokens=sum(len(p.token_ids) for p in request.prompts),
+        extra=answer.annotations,
+    )
+    return refuse(request.caller.route, refusal, blocked.headers)
 
 
 async def _encode(encode: Callable[[], Prompt]) -> Prompt:
@@ -162,7 +189,12 @@ async def gather(answer: Answer, shape: ChatShape | CompletionShape) -> list[dic
         texts[delta.index].append(delta.text)
         tokens[delta.index].extend(delta.tokens)
         finishes[delta.index] = delta.finish or ""
-    return [shape.whole(i, "".join(texts[i]), tokens[i], finishes[i]) for i in range(answer.n_choices)]
+        if delta.finish == "content_filter" and answer.terms.replacement is not None:
+            texts[delta.index], tokens[delta.index] = [answer.terms.replacement], []
+    return [
+        shape.whole(i, "".join(texts[i]), tokens[i], finishes[i]) | answer.annotation(i)
+        for i in range(answer.n_choices)
+    ]
 
 
 async def stream(
@@ -173,8 +205,12 @@ async def stream(
     def event(data: object) -> bytes:
         return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
+    unsent = answer.annotations  # on the first chunk, which has a choice: clients stumble over one without
+
     def chunk(choice: dict[str, Any]) -> bytes:
-        return event(base | {"choices": [choice]} | ({"usage": None} if n_prompt is not None else {}))
+        nonlocal unsent
+        extra, unsent = unsent, {}
+        return event(base | {"choices": [choice]} | ({"usage": None} if n_prompt is not None else {}) | extra)
 
     try:
         for index in range(answer.n_choices):
@@ -182,7 +218,9 @@ async def stream(
                 yield chunk(opening)
         async for delta in answer.deltas():
             if delta.text or delta.tokens or delta.finish:
-                yield chunk(shape.part(delta))
+                if delta.finish == "content_filter" and answer.terms.replacement is not None:
+                    delta = replace(delta, text=delta.text + answer.terms.replacement)
+                yield chunk(shape.part(delta) | (answer.annotation(delta.index) if delta.finish else {}))
         if n_prompt is not None:
             yield event(base | {"choices": [], "usage": usage(n_prompt, answer.released)})
         yield b"data: [DONE]\n\n"

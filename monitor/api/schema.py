@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from monitor.types import RequestInvalid, Sampling
+from monitor.errors import RequestInvalid
+from monitor.types import Sampling
 
 
 class _Body(BaseModel):

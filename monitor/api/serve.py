@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -14,22 +16,32 @@ from rich.console import Console
 from rich.table import Table
 
 from monitor.api.app import create_app
+from monitor.api.control import Serving, operations, show_probes
+from monitor.api.edge import Edge
+from monitor.api.judging import Judging
 from monitor.api.openai import Service
+from monitor.api.others import other_routes
+from monitor.api.second_port import Say, check_admin_key, controlled
+from monitor.audit import Audit
 from monitor.config import Settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
+from monitor.engines.embedded.scorer import EmbeddedScorer
+from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes, load_live
 from monitor.metrics import Metrics
 from monitor.notice import Outbox, Webhook, notice, print_line
+from monitor.offenders import Offenders
+from monitor.template import ChatTemplate
 from monitor.traffic import TrafficLog
-from monitor.types import ConfigInvalid, Phase, Record
+from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
 
 EXIT_ENGINE_DIED = 3
 
 
 class Sinks:
-    """The engine's observer: one Record to metrics, traffic log, stdout and webhook."""
+    """The engine's observer: one Record to metrics, traffic log, offenders, stdout and webhook."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -45,15 +57,27 @@ class Sinks:
                 settings.webhook_attempts,
                 lambda result: metrics.webhook.labels(result).inc(),
             )
+        self.offenders = Offenders(
+            metrics.registry,
+            self._tell,
+            window_s=settings.offender_window_s,
+            limit=settings.offender_limit,
+            block_s=settings.offender_block_s,
+            metric_keys=settings.offender_metric_keys,
+        )
 
     def record(self, record: Record) -> None:
         self.metrics.record(record)
         self.traffic.put(record)
         event = notice(record)
         if event is not None:
-            self.lines.put(event)
-            if self.webhook is not None:
-                self.webhook.put(event)
+            self._tell(event)
+        self.offenders.note(record)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        self.lines.put(event)
+        if self.webhook is not None:
+            self.webhook.put(event)
 
     def scored(self, seconds: float, n_tokens: int) -> None:
         self.metrics.scored(seconds, n_tokens)
@@ -66,11 +90,21 @@ class Sinks:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, told to drain the engine at the signal and not only when the last connection is gone."""
+    """uvicorn, told to drain the engine at the signal and not only when the last connection is gone.
 
-    def __init__(self, config: uvicorn.Config, engine: EmbeddedEngine) -> None:
+    beside: entered in the event loop, for as long as it serves
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, engine: EmbeddedEngine, beside: contextlib.AbstractAsyncContextManager[None]
+    ) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._beside = engine, beside
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        with self.capture_signals():  # also while what is beside it starts and stops
+            async with self._beside:
+                await self._serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Off this frame: the handler may have interrupted a holder of the engine's lock.
@@ -80,7 +114,7 @@ class Server(uvicorn.Server):
         self._captured_signals.clear()
 
 
-def open_socket(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int, instead: str = "--port or --host") -> socket.socket:
     """Bind before the model is loaded: a taken port is known in a moment. raises: ConfigInvalid"""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -89,10 +123,41 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigInvalid(
-            f"can't listen on {host}:{port}: {error.strerror}; choose another --port or --host"
-        ) from error
+        raise ConfigInvalid(f"can't listen on {host}:{port}: {error.strerror}; choose another {instead}") from error
     return listener
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What the admin port needs before the model is loaded. listener: bound; None without an admin key"""
+
+    edge: Edge
+    listener: socket.socket | None
+    audit: Audit
+
+    def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
+        """The admin port and SIGHUP, to be entered in the event loop of the data server."""
+        settings, metrics = self.edge.settings, sinks.metrics
+        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics)
+        return controlled(what, settings, self.listener, metrics.registry, self.edge.limited, say)
+
+
+@contextlib.contextmanager
+def admin_door(edge: Edge) -> Iterator[Door]:
+    """raises: ConfigInvalid for an admin key that is a data key, a taken port, an audit log that can't be written"""
+    settings = edge.settings
+    check_admin_key(settings, edge.keys)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if settings.admin_key is not None:
+            where = settings.admin_host, settings.admin_port
+            listener = stack.enter_context(open_socket(*where, "MIDSTREAM_ADMIN_PORT or MIDSTREAM_ADMIN_HOST"))
+        yield Door(edge, listener, stack.enter_context(contextlib.closing(Audit(settings.audit))))
+
+
+def plainly(console: Console) -> Say:
+    """Lines as they are: what comes out of a file may look like markup."""
+    return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def load(settings: Settings) -> tuple[LoadedModel, LiveProbes]:
@@ -109,10 +174,12 @@ def serve(settings: Settings) -> int:
     """Run until a signal; returns the exit code. raises: MidstreamError before anything is served"""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
+        metrics = Metrics()
+        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key))
+        door = stack.enter_context(admin_door(edge))
         console = Console(stderr=True)
         with console.status(f"loading {settings.model} …"):
             model, live = load(settings)
-        metrics = Metrics()
         sinks = Sinks(settings, metrics)
         stack.callback(sinks.close)
         failed = threading.Event()
@@ -130,10 +197,14 @@ def serve(settings: Settings) -> int:
         metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})
         vocabulary = model.module.config.get_text_config().vocab_size
-        app = create_app(Service(engine, model.template, settings, names, vocabulary), metrics, engine.readiness)
+        service = Service(engine, model.template, settings, names, vocabulary)
+        judging = Judging(EmbeddedScorer(engine), model.template, settings, model.name)
+        others = other_routes(judging, lambda: engine.live)
+        app = create_app(service, metrics, engine.readiness, edge, others)
         bound_s = max(1, round(settings.shutdown_timeout_s))
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=bound_s)
-        server.append(Server(config, engine))
+        config = uvicorn.Config(app, timeout_graceful_shutdown=bound_s, **edge.server_options())
+        beside = door.beside(embedded(engine, model.template), sinks, plainly(console))
+        server.append(Server(config, engine, beside))
         engine.start()
         console.print(summary(model.name, model.dtype, live, off))
         host, port = listener.getsockname()[:2]
@@ -142,10 +213,16 @@ def serve(settings: Settings) -> int:
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
+def embedded(engine: EmbeddedEngine, template: ChatTemplate) -> Serving:
+    def put(live: LiveProbes) -> None:
+        engine.live = live
+
+    return Serving(engine.describe, lambda: engine.live, put, EmbeddedScorer(engine), template, engine.model_name)
+
+
 def announce(metrics: Metrics, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
     """Metrics of what serves. active: sequences in the engine"""
-    cards = [p.card for p in live.probes]
-    metrics.probes([(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards], live.rules)
+    show_probes(metrics, live)
     metrics.gauge("active_sequences", "Sequences in the engine.", active)
     metrics.gauge("record_queue_depth", "Records not yet written.", lambda: sinks.traffic.depth)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from monitor.config import DEMO_MODEL
 from monitor.engines.demo import MANIFEST, demo_model, file_sha256
-from monitor.types import ConfigInvalid, ModelUnsupported
+from monitor.errors import ConfigInvalid, ModelUnsupported
 
 _EDGE_BYTES = 1 << 20
 

@@ -11,7 +11,7 @@ from monitor.config import DEMO_MODEL, cache_dir, load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.live import LiveProbes
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.types import GenerationRequest, Mode, Phase, Sampling
 from tests.bench.pairs import ratio, say
@@ -37,7 +37,7 @@ def engine_with(model: LoadedModel, n_probes: int) -> EmbeddedEngine:
         for i, p in enumerate(probes)
         for phase in Phase
     )
-    live = LiveProbes((), ProbeBank(probes, model.d_model), {"chat": rules, "raw": rules})
+    live = LiveProbes.under_rules(ProbeBank(probes, model.d_model), {"chat": rules, "raw": rules})
     engine = EmbeddedEngine(model, live, load_settings(), Quiet())
     engine.start()
     return engine
@@ -49,7 +49,7 @@ def tokens_per_second(engine: EmbeddedEngine, model: LoadedModel, streams: int) 
     sampling = Sampling(TOKENS, temperature=0, logit_bias=dict.fromkeys(model.eos_ids, -100.0))
     began = time.perf_counter()
     for i in range(streams):
-        engine.submit(GenerationRequest(str(i), (prompt,), 1, sampling, "bench"), deltas.put)
+        engine.submit(GenerationRequest(str(i), (prompt,), 1, sampling), deltas.put)
     tokens = ended = 0
     while ended < streams:
         delta = deltas.get()

@@ -21,7 +21,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 import httpx
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from monitor.config import load_settings
@@ -29,7 +29,7 @@ from monitor.engines.vllm import launch
 from monitor.engines.vllm.call import CALL, Call
 from probes_store.store import Store
 
-from ..conftest import Sink, calibrated, make_card, tiny_tokenizer
+from ..conftest import Sink, calibrated, make_card, save_tiny, tiny_config
 
 COMMON = ["--max-model-len", "1024", "--max-num-seqs", "64"]
 EAGER = [*COMMON, "--enforce-eager"]
@@ -37,31 +37,12 @@ EAGER = [*COMMON, "--enforce-eager"]
 EVERYTHING = {"calibration": calibrated(-1e9)}
 
 
-def save_tiny(folder: Path, model: Any) -> Path:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the other tests' model, with heads that vLLM's CPU attention has kernels for."""
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.06,
-    )
-    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama", LlamaForCausalLM(config))
+    model = LlamaForCausalLM(tiny_config(hidden_size=128))
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny-llama", model)
 
 
 class Answered:

@@ -9,8 +9,8 @@ from monitor.engines.embedded.model import load_model
 from monitor.engines.vllm.support import ARCHITECTURES
 from monitor.probe import ProbeWeights
 
-from ..conftest import LAYER, tiny_tokenizer
-from .conftest import EAGER, EVERYTHING, harness, make_plan, save_tiny
+from ..conftest import LAYER, save_tiny, tiny_config
+from .conftest import EAGER, EVERYTHING, harness, make_plan
 from .test_engine import CHUNKED, FLAG, check, prompt
 
 KINDS = {
@@ -27,22 +27,8 @@ def test_the_list_has_no_architecture_without_a_test():
 @pytest.mark.parametrize("name", KINDS)
 def test_parity(name, tmp_path):
     config_class, model_class, more = KINDS[name]
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(3)
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.06,
-        **more,
-    )
+    config = tiny_config(config_class, hidden_size=128, **more)
     folder = save_tiny(tmp_path / "model", model_class(config))
     model = load_model(str(folder), cache=cache_dir())
     probe = ProbeWeights("random", {LAYER: torch.randn(model.d_model) / 8}, 0.25)

@@ -39,7 +39,8 @@ def start(web, quiet):
     def started(name):
         plan = web.harness.plan
         (stored,) = [p for p in plan.live.probes if p.card.name == name]
-        live = assemble([stored], quiet.d_model, plan.settings)
+        settings = plan.settings.model_copy(update={"modes": {name: plan.settings.modes[name]}})
+        live = assemble([stored], quiet.d_model, settings)
         web.harness.run(web.harness.judge.banks.load(live))
         return Server(web.url, quiet, live, web.sink, web.idle)
 

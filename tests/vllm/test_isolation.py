@@ -1,30 +1,13 @@
-"""Hundreds of requests at once and none crossed; and a tap that falls silent is told, never taken for harmless."""
-
-import asyncio
+"""A tap that falls silent is told, never taken for harmless. (Requests that are crossed: T8 in tests/siege.py.)"""
 
 import httpx
 import numpy as np
 import pytest
 
-from monitor.aggregate import Aggregation, aggregate
-from monitor.live import counted
-from monitor.types import ProbeMismatch
+from monitor.errors import ProbeMismatch
 
-from ..conftest import calibrated, reference_logits
+from ..conftest import calibrated
 from .conftest import EAGER, Harness, Web, make_plan
-
-N = 500
-IDS = [
-    "a",
-    "a-",
-    "a-b",
-    "0_a",
-    "x" * 4096,
-    "é".encode(),
-    "../../etc",
-    "'; DROP TABLE records",
-    "%0d%0a",
-]
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +26,6 @@ def web(tiny, random_probe, tmp_path_factory):
 def ask(web, tiny, text, **headers):
     body = {"model": tiny.name, "messages": [{"role": "user", "content": text}], "max_tokens": 2}
     return httpx.post(web.url + "/v1/chat/completions", json=body, headers=headers, timeout=300)
-
-
-def test_500_at_once_with_hostile_ids_and_none_is_crossed(web, tiny, random_probe):
-    texts = [f"request {i} " + chr(33 + i % 90) * (i % 37) for i in range(N)]
-
-    async def everything():
-        limits = httpx.Limits(max_connections=N)
-        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
-
-            async def one(i):
-                body = {"model": tiny.name, "messages": [{"role": "user", "content": texts[i]}], "max_tokens": 2}
-                headers = {"X-Request-Id": IDS[i % len(IDS)]}
-                return await client.post(web.url + "/v1/chat/completions", json=body, headers=headers)
-
-            return await asyncio.gather(*(one(i) for i in range(N)))
-
-    answers = asyncio.run(everything())
-    assert [a.status_code for a in answers] == [200] * N
-    ids = [a.headers["x-midstream-request-id"] for a in answers]
-    assert len(set(ids)) == N
-    crossed, values = 0, set()
-    for text, request_id in zip(texts, ids, strict=True):
-        prompt = tiny.template.encode([{"role": "user", "content": text}])
-        logits = reference_logits(tiny.module, list(prompt.token_ids), random_probe.weight, random_probe.bias)
-        expected = aggregate(Aggregation("max"), [float(logits[p]) for p in counted(prompt)])
-        (record,) = web.sink.of(request_id)
-        values.add(round(expected, 3))
-        crossed += abs(record.readings[0].value - expected) > 1e-3
-    print(f"{N} requests, {len(values)} different scores, {crossed} crossed")
-    assert crossed == 0 and len(values) > N / 5
-    assert web.idle()
 
 
 def test_a_silent_tap_fails_closed_and_is_counted(web, tiny):

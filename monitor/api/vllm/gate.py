@@ -6,34 +6,48 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import MutableMapping
+import time
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from monitor.api.app import ID_HEADER, own_id
-from monitor.api.errors import ApiError, ended_badly, prompt_blocked, unavailable
+from monitor.api.errors import ApiError, PromptBlocked, ended_badly, unavailable
+from monitor.api.front import ID_HEADER, own_id
+from monitor.api.refusal import Refusal, refuse
+from monitor.api.verdicts import known, prompt_annotation, verdict_headers
 from monitor.api.vllm.admit import admit, chat_messages, route_format
 from monitor.api.vllm.wire import WIRES, Wire, parse_event
 from monitor.config import Settings
 from monitor.engines.vllm.call import CALL, Call, blocks_prompt
 from monitor.metrics import Metrics
 from monitor.template import ChatTemplate
-from monitor.types import Record
+from monitor.types import Record, Terms
 
 
 class Gate:
-    """path: the route's, a key of WIRES"""
+    """path: the route's, a key of WIRES; model: its own name; names: those a client may call it by"""
 
-    def __init__(self, app: ASGIApp, path: str, template: ChatTemplate, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: str,
+        template: ChatTemplate,
+        settings: Settings,
+        metrics: Metrics,
+        model: str = "",
+        names: Collection[str] = (),
+    ) -> None:
         self.app, self.path = app, path
+        self._model, self._names = model, names
         self._template, self._settings, self._metrics = template, settings, metrics
         self._route = path.removeprefix("/v1/").replace("chat/completions", "chat").replace("/", "-")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(self._route, route_format(self.path), id=own_id(scope))
+        key = scope.get("state", {}).get("midstream_key", "")
+        call = Call(self._route, route_format(self.path), key=key, id=own_id(scope))
         outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
         try:
             raw = await _read(receive)
@@ -53,7 +67,10 @@ class Gate:
                 await outgoing.refuse(error)
                 return
             call.expected = call.n * prompts
-            call.model = str(body.get("model", ""))
+            call.asked = str(body.get("model") or self._model)
+            # All its names are one to a policy: a client must not choose among them.
+            call.model = self._model if call.asked in self._names else call.asked
+            outgoing.asked(body)
             await self._know_history(call, body)
         token = CALL.set(call)
         try:
@@ -77,6 +94,13 @@ class Outgoing:
         self._held: list[bytes] = []
         self._rest = b""  # of an event that has not arrived whole
         self._begun = self._done = False
+        self._wants_stream = self._wants_usage = False
+
+    def asked(self, body: dict[str, Any]) -> None:
+        """What a refusal has to look like."""
+        self._wants_stream = body.get("stream") is True
+        options = body.get("stream_options")
+        self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
 
     async def __call__(self, message: Message) -> None:
         if self._done:
@@ -92,7 +116,7 @@ class Outgoing:
         if self._call.failed is not None:
             await self._fail(self._call.failed)
         elif self._is_stream:
-            if more and self._call.judged < self._call.expected:
+            if more and len(self._call.openings) < self._call.expected:
                 return
             await self._stream(more)
         elif not more:
@@ -117,19 +141,46 @@ class Outgoing:
         return bool(headers.get(b"content-type", b"").startswith(b"text/event-stream"))
 
     async def _fail(self, record: Record) -> None:
+        call, terms = self._call, self._call.terms or Terms()
+        error = ended_badly(record) or unavailable("the answer could not be finished; try again later")
         if blocks_prompt(record):
-            error = prompt_blocked(record, record.index // self._call.n, self._call.expected // self._call.n)
-        else:
-            error = ended_badly(record) or unavailable("the answer could not be finished; try again later")
+            error = PromptBlocked(record, record.index // call.n, call.expected // call.n, terms)
+            if terms.refusal is not None and not self._begun:
+                await self._refuse_kindly(record, terms.refusal, error.headers)
+                return
         if not self._begun:
             await self.refuse(error)
             return
         self._done = True
         await self._send({"type": "http.response.body", "body": self._wire.error_event(error)})
 
+    async def _refuse_kindly(self, record: Record, text: str, headers: Mapping[str, str]) -> None:
+        """The policy's text, as an answer."""
+        call = self._call
+        refusal = Refusal(
+            id=call.id,
+            model=call.asked,
+            text=text,
+            created=int(time.time()),
+            n=call.expected,
+            stream=self._wants_stream,
+            include_usage=self._wants_usage,
+            prompt_tokens=record.coverage.prompt_tokens,
+            extra=prompt_annotation(call.terms or Terms(), call.openings, call.n),
+        )
+        response = refuse(call.route, refusal, headers)
+        self._done = True
+        own = [*response.raw_headers, (ID_HEADER, call.id.encode())]
+        await self._send({"type": "http.response.start", "status": 200, "headers": own})
+        await self._send({"type": "http.response.body", "body": response.body})
+
     async def _begin(self, length: int | None = None) -> None:
         self._begun = True
-        headers = [*self._start["headers"], (ID_HEADER, self._call.id.encode())]
+        call = self._call
+        headers = [*self._start["headers"], (ID_HEADER, call.id.encode())]
+        if call.terms is not None:
+            decided = verdict_headers(call.terms.policy, known(call.openings, call.records))
+            headers += [(name.encode(), value.encode()) for name, value in decided.items()]
         if length is not None:
             headers = [(k, v) for k, v in headers if k != b"content-length"]
             headers.append((b"content-length", str(length).encode()))
@@ -137,7 +188,7 @@ class Outgoing:
 
     async def _whole(self) -> None:
         body, self._held = b"".join(self._held), []
-        if self._call.blocked and self._start["status"] == 200:
+        if self._wire.rewrites and self._start["status"] == 200:
             body = json.dumps(self._wire.whole(json.loads(body)), separators=(",", ":")).encode()
         self._done = True
         await self._begin(len(body))
@@ -148,14 +199,14 @@ class Outgoing:
         cut = _end_of_events(arrived) if more else len(arrived)
         whole, self._rest = arrived[:cut], arrived[cut:]
         if not self._begun:
-            if self._call.started == 0 and (late := _refused_late(whole)) is not None:
+            if self._call.terms is None and (late := _refused_late(whole)) is not None:
                 code = late["error"].get("code")
                 status = code if isinstance(code, int) and 400 <= code < 600 else 400
                 await self._answer(JSONResponse({}, status), late)
                 return
             await self._begin()
         self._wire.opened(whole)
-        if self._call.blocked:
+        if self._wire.rewrites:
             whole = b"".join(self._rewritten(event) for event in _BLANK_LINE.split(whole) if event.strip())
         if whole or not more:
             await self._send({"type": "http.response.body", "body": whole, "more_body": more})

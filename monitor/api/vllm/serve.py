@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uvloop
@@ -19,14 +20,19 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 
-from monitor.api.app import Front
-from monitor.api.serve import EXIT_ENGINE_DIED, Sinks, announce, open_socket, summary
+from monitor.api.app import bare_app
+from monitor.api.control import Serving
+from monitor.api.edge import Edge
+from monitor.api.judging import Judging
+from monitor.api.others import other_routes
+from monitor.api.serve import EXIT_ENGINE_DIED, Door, Sinks, admin_door, announce, open_socket, plainly, summary
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.wire import WIRES
 from monitor.config import Settings
 from monitor.engines.vllm.launch import Plan, Started, plan, started
+from monitor.errors import ConfigInvalid
+from monitor.live import LiveProbes
 from monitor.metrics import Metrics
-from monitor.template import ChatTemplate
 
 # Routes of vLLM that do not generate and change nothing.
 _HARMLESS = frozenset(
@@ -45,33 +51,41 @@ _HARMLESS = frozenset(
 )
 
 
-def mount(app: FastAPI, template: ChatTemplate, settings: Settings, metrics: Metrics) -> None:
+def mount(app: FastAPI, plan: Plan, metrics: Metrics) -> None:
     """Keep the harmless routes, put a gate around those that generate, and take every other one away."""
+    model, names = plan.model, frozenset(plan.arguments.served_model_name)
     kept: list[BaseRoute] = []
     for route in app.router.routes:
         path = getattr(route, "path", None)
         if path in WIRES and isinstance(route, Route):
-            route.app = Gate(route.app, path, template, settings, metrics)
+            route.app = Gate(route.app, path, model.template, plan.settings, metrics, model.name, names)
             kept.append(route)
         elif path in _HARMLESS:
             kept.append(route)
     app.router.routes[:] = kept
 
 
-def add_ours(app: FastAPI, settings: Settings, ready: Callable[[], str | None], metrics: Metrics) -> None:
-    """/ready, and in front of everything the key and the bound on bodies."""
+def add_ours(app: FastAPI, running: Started, edge: Edge, metrics: Metrics) -> None:
+    """/ready, the routes that only judge, and in front of everything the keys and the limits."""
+    engine, judge, model = running.engine, running.judge, running.plan.model
 
     async def readiness(_request: object) -> Response:
-        reason = ready()
+        reason = "the engine has died" if engine.errored else None
         metrics.ready.set(reason is None)
         if reason is not None:
             return JSONResponse({"status": "not ready", "reason": reason}, 503)
         return JSONResponse({"status": "ready", "engine": "vllm"})
 
     app.router.routes.append(Route("/ready", readiness))
+    # An application inside vLLM's, for errors of our shape.
+    inside = bare_app(metrics)
+    judging = Judging(running.scorer, model.template, running.plan.settings, model.name)
+    for routes in other_routes(judging, lambda: judge.banks.current.live):
+        inside.include_router(routes)
+        app.router.routes += [Route(route.path, inside) for route in routes.routes if isinstance(route, Route)]
     # vLLM has built its own stack of middleware by now; ours goes outside of it.
     inner = app.middleware_stack or app.build_middleware_stack()
-    app.middleware_stack = Front(inner, settings.api_key, settings.max_body_bytes)
+    app.middleware_stack = edge.around(inner)
 
 
 def serve(settings: Settings, extra: Sequence[str]) -> int:
@@ -79,35 +93,51 @@ def serve(settings: Settings, extra: Sequence[str]) -> int:
 
     raises: MidstreamError before anything is served
     """
+    if os.environ.get("VLLM_API_KEY"):
+        # vLLM would look for it in a header that goes no further than our own check.
+        raise ConfigInvalid("VLLM_API_KEY is set, but the keys are midstream's: unset it and set MIDSTREAM_API_KEY")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
+        metrics = Metrics(REGISTRY)  # vLLM's own /metrics shows it
+        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key))
+        door = stack.enter_context(admin_door(edge))
         console = Console(stderr=True)
         with console.status(f"reading {settings.model} …"):
             prepared = plan(settings, extra)
-        metrics = Metrics(REGISTRY)  # vLLM's own /metrics shows it
         sinks = Sinks(settings, metrics)
         stack.callback(sinks.close)
-        code: int = uvloop.run(_serve(prepared, listener, sinks, metrics, console))
+        code: int = uvloop.run(_serve(prepared, listener, sinks, door, console))
         return code
 
 
-async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, metrics: Metrics, console: Console) -> int:
+async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, door: Door, console: Console) -> int:
     console.print(f"starting vLLM with {prepared.model.name} …", highlight=False)
     async with started(prepared, sinks) as running:
-        app = await build(running, metrics)
-        announce(metrics, prepared.live, lambda: float(running.judge.active), sinks)
+        app = await build(running, sinks.metrics, door.edge)
+        announce(sinks.metrics, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))
         host, port = listener.getsockname()[:2]
         ready = f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)"
         saying = asyncio.create_task(_say_when_listening(app, console, ready))
         ordered = _note_shutdown(running.engine)
-        stopped = await serve_http(
-            app, sock=listener, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=5
-        )
+        async with door.beside(_serving(running), sinks, plainly(console)):
+            stopped = await serve_http(app, sock=listener, host=host, port=port, **door.edge.server_options())
         saying.cancel()
         died = running.engine.errored and not ordered.is_set()
     await stopped
     return EXIT_ENGINE_DIED if died else 0
+
+
+def _serving(running: Started) -> Serving:
+    judge, model = running.judge, running.plan.model
+
+    def describe() -> Mapping[str, Any]:
+        return {"engine": "vllm", "active": judge.active}
+
+    def put(live: LiveProbes) -> None:
+        judge.banks.current.live = live
+
+    return Serving(describe, lambda: judge.banks.current.live, put, running.scorer, model.template, model.name)
 
 
 async def _say_when_listening(app: FastAPI, console: Console, line: str) -> None:
@@ -128,12 +158,13 @@ def _note_shutdown(engine: Any) -> threading.Event:
     return ordered
 
 
-async def build(running: Started, metrics: Metrics) -> FastAPI:
-    """vLLM's application for a started engine, with our gate."""
+async def build(running: Started, metrics: Metrics, edge: Edge | None = None) -> FastAPI:
+    """vLLM's application for a started engine, with our gate. edge: None makes one of the settings"""
     engine, arguments, settings = running.engine, running.plan.arguments, running.plan.settings
     tasks = await engine.get_supported_tasks()
     app: FastAPI = build_app(arguments, tasks, engine.model_config)
     await init_app_state(engine, app.state, arguments, tasks)
-    mount(app, running.plan.model.template, settings, metrics)
-    add_ours(app, settings, lambda: "the engine has died" if engine.errored else None, metrics)
+    mount(app, running.plan, metrics)
+    edge = edge or Edge.of(settings, metrics)
+    add_ours(app, running, edge, metrics)
     return app

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monitor.types import ModelUnsupported
+from monitor.errors import ModelUnsupported
 
 NAME = "midstream_packed"
 _KNOWN = {

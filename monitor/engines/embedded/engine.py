@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,20 +15,16 @@ from monitor.engines.embedded.attention import KVCache, Packed, use_packed_atten
 from monitor.engines.embedded.generation import Generation, Group
 from monitor.engines.embedded.model import LoadedModel
 from monitor.engines.embedded.sampling import Sampler
+from monitor.engines.embedded.schedule import Schedule
 from monitor.engines.embedded.text import AnswerText
+from monitor.errors import Overloaded, RequestInvalid
 from monitor.live import LiveProbes
-from monitor.sequence import Watch
+from monitor.policy.second import Asker
+from monitor.question import Question
 from monitor.tap import Tap
-from monitor.types import (
-    Deliver,
-    FinishReason,
-    GenerationRequest,
-    Observer,
-    Overloaded,
-    Prompt,
-    RequestInvalid,
-    Scores,
-)
+from monitor.types import Deliver, FinishReason, GenerationRequest, Observer, Prompt, Scores
+
+_PAUSE_S = 0.05
 
 
 class EmbeddedEngine:
@@ -55,10 +50,10 @@ class EmbeddedEngine:
         self._observer = observer
         self._died = died
         self._tap = Tap(model.module, live.bank, settings.max_step_tokens + settings.max_sequences)
-        self._waiting: deque[Group] = deque()
-        self._active: list[Generation] = []
-        self._groups: dict[int, Group] = {}  # id(leader) -> its group, until the prompt is prefilled
+        self._schedule = Schedule(settings)
         self._aborted: set[str] = set()
+        self._answers: list[tuple[Generation, Question, float | None]] = []  # of the second judge
+        self._asker = Asker()
         self._wake = threading.Condition()
         self._stopping = False
         self._error: BaseException | None = None
@@ -85,10 +80,9 @@ class EmbeddedEngine:
         with self._wake:
             if self._stopping or self._error is not None:
                 raise Overloaded("the server is shutting down; try again later")
-            room = self._settings.max_queue + self._settings.max_sequences - len(self._active)
-            if len(self._waiting) + len(groups) > room:
-                raise Overloaded(f"{len(self._waiting)} prompts are waiting already; try again later")
-            self._waiting.extend(groups)
+            if len(groups) > self._schedule.room:
+                raise Overloaded(f"{len(self._schedule.waiting)} prompts are waiting already; try again later")
+            self._schedule.waiting.extend(groups)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -102,7 +96,7 @@ class EmbeddedEngine:
         return "the server is shutting down" if self._stopping else None
 
     def describe(self) -> Mapping[str, Any]:
-        return {"engine": "embedded", "active": len(self._active), "waiting": len(self._waiting)}
+        return {"engine": "embedded", "active": len(self._schedule.active), "waiting": len(self._schedule.waiting)}
 
     def drain(self) -> None:
         """Not ready from now on: refuse new requests, let the others finish."""
@@ -117,10 +111,10 @@ class EmbeddedEngine:
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
             with self._wake:
-                self._aborted.update(g.request_id for g in self._waiting)
-                self._aborted.update(s.request.id for s in self._active)
+                self._aborted |= self._schedule.request_ids
                 self._wake.notify()
             self._thread.join()
+        self._asker.close()
         self._tap.detach()
 
     def prefill(self, prompt: Prompt) -> Scores:
@@ -134,14 +128,14 @@ class EmbeddedEngine:
         return np.concatenate(rows)
 
     def _choices(self, request: GenerationRequest, prompt_index: int, deliver: Deliver) -> Iterator[Generation]:
-        prompt = request.prompts[prompt_index]
+        prompt, policy = request.prompts[prompt_index], self.live.choose(request.caller)
         spell = self._model.tokenizer.decode
         for i in range(request.n):
             yield Generation(
                 request,
                 prompt_index * request.n + i,
                 prompt,
-                Watch(prompt, self.live.rules[prompt.format]),
+                policy,
                 Sampler(request.sampling, i, lambda token: spell([token])),
                 AnswerText(self._model.tokenizer, request.sampling.stop),
                 deliver,
@@ -154,33 +148,32 @@ class EmbeddedEngine:
         try:
             while self._wait_for_work():
                 self._drop_aborted()
-                self._admit()
-                if self._active:
-                    self._step()
+                self._take_answers()
+                with self._wake:
+                    self._schedule.admit()
+                if self._schedule.active and not self._step():
+                    self._pause()
         except BaseException as error:
             self._die(error)
 
     def _wait_for_work(self) -> bool:
+        schedule = self._schedule
         with self._wake:
-            while not (self._waiting or self._active or self._stopping):
+            while not (schedule.waiting or schedule.active or self._stopping):
                 self._aborted.clear()  # nobody is here that they could name
                 self._wake.wait()
-            return bool(self._waiting or self._active)
+            return bool(schedule.waiting or schedule.active)
+
+    def _pause(self) -> None:
+        """Every active sequence waits for the second judge, who answers within a deadline."""
+        with self._wake:
+            if not (self._answers or self._aborted):
+                self._wake.wait(_PAUSE_S)
 
     def _drop_aborted(self) -> None:
         with self._wake:
             gone, self._aborted = self._aborted, set()
-            queued = [g for g in self._waiting if g.request_id in gone]
-            if queued:
-                self._waiting = deque(g for g in self._waiting if g.request_id not in gone)
-        if not gone:
-            return
-        dropped = [c for g in queued for c in g.choices]
-        for sequence in self._active:
-            if sequence.request.id in gone:
-                group = self._groups.pop(id(sequence), None)
-                dropped += group.choices if group is not None else [sequence]
-        self._active = [s for s in self._active if s.request.id not in gone]
+            dropped = self._schedule.drop(gone) if gone else []
         for sequence in dropped:
             self._finish(sequence, "aborted")
 
@@ -188,48 +181,27 @@ class EmbeddedEngine:
         rows = np.empty((0, len(self.live.bank)), dtype=np.float32)
         sequence.judge(sequence.cache.length, rows, 0, reason, self.model_name)
 
-    def _admit(self) -> None:
-        with self._wake:
-            while self._waiting:
-                group = self._waiting[0]
-                pending = sum(len(g.choices) - 1 for g in self._groups.values())
-                reserved = sum(s.reserved for s in self._active) + sum(
-                    g.reserved - g.leader.reserved for g in self._groups.values()
-                )
-                if len(self._active) + pending + len(group.choices) > self._settings.max_sequences:
-                    return
-                if reserved + group.reserved > self._settings.kv_tokens:
-                    return
-                self._waiting.popleft()
-                self._groups[id(group.leader)] = group
-                self._active.append(group.leader)
-
-    def _step(self) -> None:
-        batch = list(self._choose())
+    def _step(self) -> bool:
+        """False if there was nothing to feed."""
+        batch = list(self._schedule.choose())
+        if not batch:
+            return False
         packed = Packed([s.cache for s, _ in batch], [n for _, n in batch])
         tokens = [s.tokens[s.cache.length : s.cache.length + n] for s, n in batch]
         ends = np.cumsum(packed.n_new) - 1
-        samples = [i for i, (s, n) in enumerate(batch) if n == s.n_waiting and s.last is None]
+        samples = [i for i, (s, n) in enumerate(batch) if s.samples_after(n)]
         rows, logits = self._forward(tokens, packed, [int(ends[i]) for i in samples])
         began = time.perf_counter()
         next_logits = dict(zip(samples, logits, strict=True))
         for i, (sequence, n) in enumerate(batch):
             first = sequence.cache.length - n
             self._advance(sequence, first, rows[ends[i] + 1 - n : ends[i] + 1], next_logits.get(i))
-        self._active = [s for s in self._active if not s.ended]
+        for sequence in self._schedule.active:
+            self._ask(sequence)
+        self._schedule.active = [s for s in self._schedule.active if not s.ended]
         self._observer.scored(time.perf_counter() - began, packed.n_tokens)
         self.steps += 1
-
-    def _choose(self) -> Iterator[tuple[Generation, int]]:
-        """Each decoding sequence its one token; what is left of the step goes to prompts, oldest first."""
-        room = self._settings.max_step_tokens
-        ordered = sorted(self._active, key=lambda s: s.n_waiting > 1)
-        for sequence in ordered:
-            n = min(sequence.n_waiting, room) if sequence.n_waiting > 1 else 1
-            if n <= 0:
-                return
-            room -= n
-            yield sequence, n
+        return True
 
     def _forward(self, tokens: list[list[int]], packed: Packed, sample_at: list[int]) -> tuple[Scores, torch.Tensor]:
         device = self.live.bank.weight.device
@@ -247,7 +219,7 @@ class EmbeddedEngine:
         return self._tap.read(n), output.logits[0]
 
     def _advance(self, sequence: Generation, first: int, rows: Scores, logits: torch.Tensor | None) -> None:
-        group = self._groups.get(id(sequence))
+        group = self._schedule.groups.get(id(sequence))
         if group is None:
             self._sample(sequence, first, rows, logits)
             return
@@ -255,17 +227,17 @@ class EmbeddedEngine:
         if logits is None:  # a chunk of the prompt
             sequence.judge(first, rows, 0, None, self.model_name)
             if sequence.ended:  # a missing row has ended it already
-                del self._groups[id(sequence)]
+                del self._schedule.groups[id(sequence)]
                 for twin in group.choices[1:]:
                     self._finish_like(twin, group)
             return
-        del self._groups[id(sequence)]
+        del self._schedule.groups[id(sequence)]
         cache, everything = sequence.cache, np.concatenate(group.prompt_rows)
         for twin in group.choices[1:]:
             twin.cache = cache.fork()
             self._sample(twin, 0, everything, logits)
             if not twin.ended:
-                self._active.append(twin)
+                self._schedule.active.append(twin)
         self._sample(sequence, first, rows, logits)
 
     def _finish_like(self, twin: Generation, group: Group) -> None:
@@ -279,13 +251,40 @@ class EmbeddedEngine:
                 sequence.last, finish = finish, None
         sequence.judge(first, rows, n_new, finish, self.model_name)
 
+    def _ask(self, sequence: Generation) -> None:
+        """Hand a question that is new to the second judge's threads."""
+        question = sequence.watch.question
+        if question is None or question is sequence.asked:
+            return
+        sequence.asked = question
+        how = self.live.second(sequence.policy.terms.policy)
+        if how is None:  # the policy was replaced by one without a second judge
+            self._answered(sequence, question, None)
+            return
+        read = sequence.tokens[: question.n_read]
+        spell = self._model.tokenizer.decode
+        self._asker.ask(how, lambda: str(spell(read)), lambda z: self._answered(sequence, question, z))
+
+    def _answered(self, sequence: Generation, question: Question, second: float | None) -> None:
+        with self._wake:
+            self._answers.append((sequence, question, second))
+            self._wake.notify()
+
+    def _take_answers(self) -> None:
+        with self._wake:
+            answers, self._answers = self._answers, []
+        for sequence, question, second in answers:
+            if sequence.watch.question is question:
+                sequence.resolve(second, self.model_name)
+            if sequence.ended:
+                self._schedule.groups.pop(id(sequence), None)
+        if answers:
+            self._schedule.active = [s for s in self._schedule.active if not s.ended]
+
     def _die(self, error: BaseException) -> None:
         with self._wake:
             self._error = error
-            left = [c for g in (*self._waiting, *self._groups.values()) for c in g.choices]
-            left += [s for s in self._active if s not in left]
-            self._waiting.clear()
-            self._active, self._groups = [], {}
+            left = self._schedule.clear()
         try:
             for sequence in left:
                 if not sequence.ended:

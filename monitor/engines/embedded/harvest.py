@@ -19,23 +19,13 @@ from monitor.config import Settings
 from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel
+from monitor.errors import MidstreamError
 from monitor.live import LiveProbes
-from monitor.policy import Rule
+from monitor.policy.rule import Rule
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.sequence import Watch
 from monitor.tap import attach, tap_op
-from monitor.types import (
-    Delta,
-    Format,
-    GenerationRequest,
-    MidstreamError,
-    Mode,
-    Phase,
-    Prompt,
-    Record,
-    Sampling,
-    Scores,
-)
+from monitor.types import Caller, Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores
 
 Progress = Callable[[int], None]
 _PASS_TOKENS = 2048
@@ -170,13 +160,13 @@ def answer_values(
     formats: tuple[Format, ...] = ("chat", "raw")
     observer = _Keep()
     settings = settings.model_copy(update={"max_queue": len(prompts), "max_sequences": _CALIBRATION_SEQUENCES})
-    engine = EmbeddedEngine(model, LiveProbes((), bank, dict.fromkeys(formats, rules)), settings, observer)
+    engine = EmbeddedEngine(model, LiveProbes.under_rules(bank, dict.fromkeys(formats, rules)), settings, observer)
     done: queue.Queue[Delta] = queue.Queue()
     engine.start()
     try:
         for i, prompt in enumerate(prompts):
             engine.submit(
-                GenerationRequest(str(i), (prompt,), 1, Sampling(max_tokens, temperature=0.7, seed=i), "calibration"),
+                GenerationRequest(str(i), (prompt,), 1, Sampling(max_tokens, temperature=0.7, seed=i), CALIBRATION),
                 lambda delta: done.put(delta) if delta.record else None,
             )
         for _ in prompts:
@@ -188,6 +178,9 @@ def answer_values(
         raise MidstreamError(f"{unfinished} answers did not finish ({engine.readiness()}); nothing was calibrated")
     values = [_value(r.readings[1].value) for r in observer.records]
     return [v for v in values if np.isfinite(v)]
+
+
+CALIBRATION = Caller(route="calibration")
 
 
 class _Keep:

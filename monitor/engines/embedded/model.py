@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from monitor.engines.identity import identify, locate
+from monitor.errors import ConfigInvalid, ModelUnsupported
 from monitor.live import ServedModel
 from monitor.tap import decoder_blocks
 from monitor.template import ChatTemplate
-from monitor.types import ConfigInvalid, ModelUnsupported
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from monitor.engines.vllm.support import N_BANKS
+from monitor.errors import ConfigInvalid, Overloaded, ProbeMismatch
 from monitor.live import LiveProbes
-from monitor.types import ConfigInvalid, Overloaded, ProbeMismatch
 
 Rpc = Callable[[str, tuple[Any, ...]], Awaitable[Any]]
 

@@ -10,29 +10,49 @@ import contextvars
 import secrets
 from dataclasses import dataclass, field
 
-from monitor.types import Action, Format, Phase, Record
+from monitor.types import Action, Caller, Format, Opening, Phase, Prompt, Record, Terms, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A text that is only to be judged, in place of what the route rendered and the engine would sample."""
+
+    prompt: Prompt
+    answer: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Call:
-    """expected: sequences that will be generated, n for each prompt; history: token ids that precede the newest turn,
-    empty if unknown
+    """key: name of the API key; model: its own name, asked: as the client spelled it; expected: sequences that will be
+    generated, n for each prompt; history: token ids that precede the newest turn, empty if unknown; silent: it leaves
+    no record
 
-    judged: sequences whose prompt has a verdict; blocked: choices that ended in a block, with the tokens released;
+    terms: of the policy it is judged by, None before it is chosen; openings: by choice, once its prompt has its
+    verdict; records: by choice, once it has ended; blocked: choices that ended in a block, with the tokens released;
     failed: the first record of a sequence that may not be answered at all
     """
 
     route: str
     format: Format
     model: str = ""
+    key: str = ""
+    asked: str = ""
     n: int = 1
     expected: int = 1
     history: tuple[int, ...] = ()
+    given: Given | None = None
+    trace: Trace | None = None
+    silent: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(16))
-    started: int = 0
-    judged: int = 0
+    terms: Terms | None = None
+    openings: dict[int, Opening] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
     blocked: dict[int, int] = field(default_factory=dict)
     failed: Record | None = None
+
+    @property
+    def caller(self) -> Caller:
+        return Caller(self.key, self.route, self.model)
 
 
 CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("midstream_call", default=None)

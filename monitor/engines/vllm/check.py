@@ -14,7 +14,8 @@ from vllm.sampling_params import SamplingParams
 from monitor.config import Settings
 from monitor.engines.vllm.launch import Started, plan, started
 from monitor.engines.vllm.seams import SEAMS, missing_fields, problem
-from monitor.types import MidstreamError, ProbeMismatch, Record
+from monitor.errors import MidstreamError, ProbeMismatch
+from monitor.types import Record
 
 _STEPS = 64
 

@@ -6,46 +6,24 @@ of the API process, synchronously.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import FinishReason as Finish
 
-from monitor.engines.vllm.banks import Bank, Banks
-from monitor.engines.vllm.call import CALL, Call, blocks_prompt, current
-from monitor.engines.vllm.held import Held
+from monitor.engines.vllm.banks import Banks
+from monitor.engines.vllm.call import Call, current
+from monitor.engines.vllm.sequel import BLOCKED, Sequel
 from monitor.engines.vllm.support import KEY
-from monitor.sequence import Watch
+from monitor.errors import RequestInvalid
+from monitor.policy.second import Asker
+from monitor.question import Question
 from monitor.template import ChatTemplate
-from monitor.types import FinishReason, Observer, Prompt, Record, RequestInvalid, Scores
-
-_BLOCKED = "midstream:blocked"  # compared by identity: a client's stop string that reads the same is another object
-_REASONS: dict[Any, FinishReason] = {
-    Finish.STOP: "stop",
-    Finish.REPETITION: "stop",
-    Finish.LENGTH: "length",
-    Finish.ABORT: "aborted",
-    Finish.ERROR: "engine_error",
-}
-
-
-class Sequel:
-    """One generated sequence on its way out. index: its choice within vLLM's request"""
-
-    def __init__(self, call: Call, bank: Bank, prompt: Prompt, index: int) -> None:
-        self.call, self.bank, self.index = call, bank, index
-        self.watch = Watch(prompt, bank.live.rules[prompt.format])
-        self.held = Held()
-        self.judged = False  # its prompt's verdict is counted in the call
-
-    def rows(self, segments: Iterable[tuple[int, bytes]], width: int) -> list[tuple[int, Scores]]:
-        bank, k = self.bank.index, len(self.bank.live.bank)
-        return [(first, np.frombuffer(raw, np.float32).reshape(-1, 2, width)[:, bank, :k]) for first, raw in segments]
+from monitor.types import FinishReason, Observer, Prompt
 
 
 class _Relay:
@@ -56,7 +34,7 @@ class _Relay:
 
     def put(self, output: Any) -> None:
         for choice in getattr(output, "outputs", ()):
-            if choice.stop_reason is _BLOCKED:
+            if choice.stop_reason is BLOCKED:
                 choice.finish_reason, choice.stop_reason = "content_filter", None
         self._queue.put(output)
 
@@ -79,8 +57,10 @@ class Judge:
         self.engine, self.model_name = engine, model_name
         self.banks = Banks(lambda name, args: engine.collective_rpc(name, args=args), layers, width)
         self._template, self._observer, self._width = template, observer, width
+        self._loop = asyncio.get_running_loop()
+        self._asker = Asker()
+        self._aborting: set[asyncio.Task[None]] = set()
         self._sequels: dict[str, Sequel] = {}
-        self._kept: dict[str, list[Sequel]] = {}  # self-tests that wait for their sequence
         self._processor = processor = engine.output_processor
         self._add, self._process = processor.add_request, processor.process_outputs
         self._abort, self._propagate = processor.abort_requests, processor.propagate_error
@@ -110,11 +90,14 @@ class Judge:
         request.cache_salt = f"{KEY}:{bank.epoch}:{request.cache_salt or ''}"
         self._add(request, prompt, parent_req, request_index, _Relay(queue))
         index = _prompt_index(call, request.external_req_id) * call.n + request_index
-        self._sequels[request.request_id] = Sequel(call, bank, judged, index)
+        sequel = Sequel(call, bank, judged, index, request.request_id, self.model_name)
+        self._sequels[request.request_id] = sequel
         bank.users += 1
-        call.started += 1
+        call.terms = sequel.terms
 
     def _prompt(self, call: Call, ids: list[int]) -> Prompt:
+        if call.given is not None:
+            return call.given.prompt
         if call.format == "chat":
             return self._template.rendered(ids, call.history)
         try:
@@ -135,54 +118,22 @@ class Judge:
                 passed.append(output)
                 continue
             n_tokens += len(output.new_token_ids)
-            if self._judge(sequel, output):
+            if sequel.take(output, self._width):
                 passed.append(output)
+            self._ask(sequel)
         self._observer.scored(time.perf_counter() - began, n_tokens)
-        result = self._process(passed, *args, **kwargs)
-        for output in passed:
+        return self._pass_on(passed, *args, **kwargs)
+
+    def _pass_on(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """To vLLM's own method, and see which sequences have ended by it."""
+        result = self._process(outputs, *args, **kwargs)
+        for output in outputs:
             request_id = output.request_id
-            if output.stop_reason is _BLOCKED:  # to vLLM the engine has ended it; it has not
+            if output.stop_reason is BLOCKED:  # to vLLM the engine has ended it; it has not
                 result.reqs_to_abort.append(request_id)
             if request_id not in self._processor.request_states:
                 self._end(request_id, "stop")
         return result
-
-    def _judge(self, sequel: Sequel, output: Any) -> bool:
-        """Rewrite one output to what may be released. False if nothing of it may go on yet."""
-        watch, call = sequel.watch, sequel.call
-        params = output.kv_transfer_params
-        segments = params.pop(KEY, ()) if params else ()
-        if params is not None and not params:
-            output.kv_transfer_params = None
-        rows = sequel.rows(segments, self._width)
-        n_new = len(output.new_token_ids)
-        finish = None if output.finish_reason is None else _REASONS[output.finish_reason]
-        for first, part in rows[:-1]:
-            watch.advance(first, part)
-        first, last = rows[-1] if rows else (watch.n_scored, np.empty((0, len(sequel.bank.live.bank)), np.float32))
-        judged = watch.advance(first, last, n_new, finish)
-        if call.failed is not None and watch.finish is None:
-            watch.end("aborted")  # another sequence of the call may not be answered: neither is this one
-        if not sequel.judged and (watch.prompt_judged or watch.finish):
-            sequel.judged = True
-            call.judged += 1
-        ready = sequel.held.exchange(output, judged.released, watch.finish is not None)
-        if watch.finish is not None and watch.finish != finish:
-            self._stop(sequel, output)
-        return ready
-
-    def _stop(self, sequel: Sequel, output: Any) -> None:
-        """The Watch has ended it, not the engine."""
-        call, finish = sequel.call, sequel.watch.finish
-        output.finish_reason, output.stop_reason = Finish.ABORT, _BLOCKED
-        if finish == "content_filter":
-            call.blocked[sequel.index] = sequel.watch.released
-        record = self._record(sequel)
-        if call.failed is None and (finish == "unmonitored" or blocks_prompt(record)):
-            call.failed = record
-
-    def _record(self, sequel: Sequel) -> Record:
-        return sequel.watch.record(sequel.call.id, sequel.index, self.model_name, sequel.call.route)
 
     def _end(self, request_id: str, finish: FinishReason) -> None:
         sequel = self._sequels.pop(request_id, None)
@@ -190,10 +141,9 @@ class Judge:
             return
         sequel.watch.end(finish)
         sequel.bank.users -= 1
-        if sequel.call.id in self._kept:
-            self._kept[sequel.call.id].append(sequel)
-            return
-        self._observer.record(self._record(sequel))
+        record = sequel.call.records[sequel.index] = sequel.record
+        if not sequel.call.silent:
+            self._observer.record(record)
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
         aborted: list[str] = self._abort(request_ids, internal)
@@ -206,26 +156,41 @@ class Judge:
         for request_id in list(self._sequels):
             self._end(request_id, "engine_error")
 
-    # --- without a client ------------------------------------------------------------------------------------------
+    # --- a second judge --------------------------------------------------------------------------------------------
 
-    async def prefill(self, prompt: Prompt) -> Scores:
-        """(n_tokens, K) scores of a prompt, computed and not from the cache; leaves no record.
+    def _ask(self, sequel: Sequel) -> None:
+        """Hand a question that is new to the second judge's threads; nothing here waits for it."""
+        question = sequel.watch.question
+        if question is None or question is sequel.asked:
+            return
+        sequel.asked = question
+        how = sequel.bank.live.second(sequel.terms.policy)
+        read, spell = sequel.tokens[: question.n_read], self._template.tokenizer.decode
 
-        raises: what vLLM raises for a prompt it can't take
-        """
-        call = Call("self-test", prompt.format)
-        token = CALL.set(call)
-        kept: list[Sequel] = []
-        self._kept[call.id] = kept
-        try:
-            params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-            request = {"prompt_token_ids": list(prompt.token_ids), "cache_salt": call.id}
-            async for _ in self.engine.generate(request, params, call.id):
-                pass
-        finally:
-            CALL.reset(token)
-            del self._kept[call.id]
-        return kept[0].watch.scores
+        def answered(second: float | None) -> None:
+            with contextlib.suppress(RuntimeError):  # at shutdown the loop may be closed; nobody is left to read
+                self._loop.call_soon_threadsafe(self._answered, sequel, question, second)
+
+        if how is None:  # the policy was replaced by one without a second judge
+            answered(None)
+        else:
+            self._asker.ask(how, lambda: str(spell(read)), answered)
+
+    def _answered(self, sequel: Sequel, question: Question, second: float | None) -> None:
+        if sequel.watch.question is not question:
+            return  # it ended without the answer
+        output, ready = sequel.resolve(second)
+        self._ask(sequel)
+        if not ready:
+            return
+        result = self._pass_on([output])
+        if result.reqs_to_abort:
+            task = self._loop.create_task(self.engine.engine_core.abort_requests_async(result.reqs_to_abort))
+            self._aborting.add(task)
+            task.add_done_callback(self._aborting.discard)
+
+    def close(self) -> None:
+        self._asker.close()
 
 
 def _prompt_index(call: Call, external_id: str) -> int:

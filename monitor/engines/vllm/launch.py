@@ -17,10 +17,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from monitor.config import Settings
 from monitor.engines.identity import identify, locate
 from monitor.engines.vllm.client import Judge
+from monitor.engines.vllm.scorer import VllmScorer
 from monitor.engines.vllm.support import KEY, TapConfig, check_config, check_environment
+from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes, ServedModel, canary_prompts, load_live
 from monitor.template import ChatTemplate
-from monitor.types import ConfigInvalid, Observer, Scores
+from monitor.types import Observer, Scores
 from probes_store.store import Store
 
 _OURS = (
@@ -60,6 +62,7 @@ class Plan:
 class Started:
     engine: Any
     judge: Judge
+    scorer: VllmScorer
     plan: Plan
     dtype: str
     off: float
@@ -161,21 +164,25 @@ async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIt
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigInvalid(f"vLLM did not start ({_one_line(error)}); its own messages above say why") from error
+    judge: Judge | None = None
     try:
         judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
         await judge.banks.load(plan.live)
-        off = await check_canaries(judge, plan)
-        yield Started(engine, judge, plan, str(config.model_config.dtype).removeprefix("torch."), off)
+        scorer = VllmScorer(engine)
+        off = await check_canaries(scorer, plan)
+        yield Started(engine, judge, scorer, plan, str(config.model_config.dtype).removeprefix("torch."), off)
     finally:
+        if judge is not None:
+            judge.close()
         engine.shutdown(timeout=config.shutdown_timeout)
 
 
-async def check_canaries(judge: Judge, plan: Plan) -> float:
+async def check_canaries(scorer: VllmScorer, plan: Plan) -> float:
     """Through the whole engine: forward pass, scheduler, judge. raises: ProbeMismatch"""
     live, template = plan.live, plan.model.template
     scores: dict[tuple[int, ...], Scores] = {}
     for prompt in canary_prompts(live, template):
-        scores[prompt.token_ids] = await judge.prefill(prompt)
+        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank))
     return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
 
 

@@ -39,6 +39,11 @@ SEAMS = (
     Seam(f"{_OUTPUT}.process_outputs", "the decision", ("engine_core_outputs",)),
     Seam(f"{_OUTPUT}.abort_requests", "a client has left", ("request_ids", "internal")),
     Seam(f"{_OUTPUT}.propagate_error", "the engine has died", ("e",)),
+    Seam(
+        "vllm.v1.engine.core_client:AsyncMPClient.abort_requests_async",
+        "the second judge has blocked",
+        ("request_ids",),
+    ),
     Seam("vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config", "the engine is started", ("vllm_config",)),
     Seam("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "probes are loaded into workers", ("method", "args")),
     Seam("vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config", "vLLM's settings", ("usage_context",)),

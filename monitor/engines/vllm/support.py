@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from monitor.types import ConfigInvalid, ModelUnsupported
+from monitor.errors import ConfigInvalid, ModelUnsupported
 
 KEY = "midstream"  # names our data on vLLM's objects and in its settings
 TESTED_VERSIONS = ("0.32.0",)

@@ -13,8 +13,8 @@ from monitor.engines.vllm.slots import SlotScores
 from monitor.engines.vllm.step import Step
 from monitor.engines.vllm.support import KEY, TapConfig
 from monitor.engines.vllm.tap import BankTap
+from monitor.errors import ModelUnsupported
 from monitor.tap import decoder_blocks
-from monitor.types import ModelUnsupported
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker

@@ -1,0 +1,145 @@
+"""The admin port: a second uvicorn in the data server's event loop; and SIGHUP, which reloads as an admin call does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from monitor.api.admin import KeyTable, Operations, create_admin
+from monitor.api.connection import Bounds, bounded
+from monitor.audit import Audit, AuditFailed
+from monitor.config import Settings
+from monitor.errors import ConfigInvalid, MidstreamError
+
+_MAX_CONNECTIONS = 64
+_GRACE_S = 2
+Say = Callable[[str], None]
+
+
+class _Second(uvicorn.Server):
+    """uvicorn without signals, which are the data server's; `up` is set when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+def check_admin_key(settings: Settings, keys: KeyTable) -> None:
+    """raises: ConfigInvalid if the admin key opens the data routes too"""
+    if settings.admin_key is not None and (name := keys.find(settings.admin_key.encode())) is not None:
+        raise ConfigInvalid(f"admin_key is the data key {name!r} too; give the admin port a key of its own")
+
+
+@contextlib.asynccontextmanager
+async def controlled(
+    operations: Operations,
+    settings: Settings,
+    listener: socket.socket | None,
+    registry: CollectorRegistry,
+    limited: Callable[[str], None],
+    say: Say,
+) -> AsyncIterator[None]:
+    """SIGHUP and, with an admin key, the admin port, until the block is left. listener: bound, not yet listening"""
+    with reload_at_hangup(operations, say):
+        if settings.admin_key is None or listener is None:
+            yield
+            return
+        app = create_admin(operations, settings.admin_key, settings.admin_host, registry)
+        async with second_port(app, listener, settings, limited):
+            host, port = listener.getsockname()[:2]
+            say(f"admin port on http://{host}:{port}/admin/status")
+            yield
+
+
+@contextlib.asynccontextmanager
+async def second_port(
+    app: ASGIApp, listener: socket.socket, settings: Settings, limited: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Serve `app` on `listener` (bound, not yet listening) inside of the running loop, until the block is left.
+
+    limited: told the name of each limit of a connection that ended one
+    """
+    bounds = Bounds(settings.receive_deadline_s, settings.write_deadline_s, settings.max_header_bytes, _MAX_CONNECTIONS)
+    config = uvicorn.Config(
+        app,
+        http=bounded(bounds, limited),
+        ws="none",
+        lifespan="off",
+        # On by default, and then X-Forwarded-For from loopback would be whose wrong keys are counted.
+        proxy_headers=False,
+        server_header=False,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    server = _Second(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    up = asyncio.create_task(server.up.wait())
+    try:
+        await asyncio.wait({serving, up}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():  # else its error is raised below
+            yield
+    finally:
+        up.cancel()
+        server.should_exit = True
+        await serving
+
+
+@contextlib.contextmanager
+def reload_at_hangup(operations: Operations, say: Say) -> Iterator[None]:
+    """SIGHUP reads the policy and the keys again. Outside of the main thread there are no signals: nothing happens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    reloading: set[asyncio.Task[None]] = set()
+
+    def hangup() -> None:
+        task = loop.create_task(reload_all(operations, say))
+        reloading.add(task)
+        task.add_done_callback(reloading.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, hangup)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+async def reload_all(operations: Operations, say: Say) -> None:
+    """Policy and keys, each an audit row by actor `signal`; a file that is refused changes nothing."""
+
+    def keys() -> str:
+        return f"{operations.keys.reload()} keys"
+
+    for what, act in (("policy", operations.policies.reload), ("keys", keys)):
+        say(f"SIGHUP: {what}: {await _audited(operations.audit, what, act)}")
+
+
+async def _audited(audit: Audit, what: str, act: Callable[[], str]) -> str:
+    try:
+        row = await asyncio.to_thread(audit.write, "signal", "", "SIGHUP", what)
+        try:
+            result = act()
+        except MidstreamError as error:
+            result = f"refused, the old one stays: {error}"
+        await asyncio.to_thread(audit.ended, row, result)
+    except AuditFailed as error:
+        return str(error)
+    return result

@@ -1,0 +1,68 @@
+"""Texts of our own through vLLM's engine: the self-test, texts that are only judged, an operator's traced request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from monitor.engines.vllm.call import CALL, Call, Given
+from monitor.errors import Overloaded, RequestInvalid
+from monitor.types import Caller, Prompt, Record, Scores, Trace
+
+
+class VllmScorer:
+    """engine: an AsyncLLM with a Judge; each method's request passes through it like any other"""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    async def prefill(self, prompt: Prompt, n_probes: int) -> Scores:
+        """(n_tokens, n_probes) scores of a prompt, computed and not from the cache, NaN where there is none; leaves no
+        record. raises: RequestInvalid for a prompt that vLLM can't take"""
+        scores = np.full((len(prompt.token_ids), n_probes), np.nan, np.float32)
+
+        def take(first: int, _ids: Sequence[int], rows: Scores) -> None:
+            scores[first : first + len(rows)] = rows
+
+        call = Call("self-test", prompt.format, trace=take, silent=True)
+        await self._generate(call, prompt.token_ids, 1, 0.0, salt=call.id)
+        return scores
+
+    async def judge(self, request_id: str, prompt: Prompt, answer: tuple[int, ...], caller: Caller) -> Record:
+        """See `Scorer`."""
+        call = Call(caller.route, prompt.format, caller.model, caller.key, id=request_id, given=Given(prompt, answer))
+        return await self._generate(call, prompt.token_ids + answer, 1, 0.0)
+
+    async def follow(
+        self, request_id: str, prompt: Prompt, max_tokens: int, temperature: float, caller: Caller, trace: Trace
+    ) -> Record:
+        """Answer a prompt for nobody but `trace`; cancelling it stops the work. raises: as `judge`"""
+        call = Call(caller.route, prompt.format, caller.model, caller.key, id=request_id, trace=trace)
+        return await self._generate(call, prompt.token_ids, max_tokens, temperature)
+
+    async def _generate(
+        self, call: Call, ids: Sequence[int], max_tokens: int, temperature: float, salt: str | None = None
+    ) -> Record:
+        room = self._engine.model_config.max_model_len
+        if len(ids) + max_tokens > room:
+            raise RequestInvalid(
+                f"{len(ids)} tokens + {max_tokens} do not fit into the model's {room}; shorten the text"
+            )
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, detokenize=False)
+        request = {"prompt_token_ids": list(ids)} | ({} if salt is None else {"cache_salt": salt})
+        token = CALL.set(call)
+        try:
+            async for _ in self._engine.generate(request, params, call.id):
+                pass
+        except VLLMValidationError as error:
+            raise RequestInvalid(str(error)) from error
+        except EngineDeadError as error:
+            raise Overloaded("the engine has died, the server is shutting down; try again later") from error
+        finally:
+            CALL.reset(token)
+        return call.records[0]

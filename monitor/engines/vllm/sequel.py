@@ -1,0 +1,136 @@
+"""A sequel: one sequence on its way out of vLLM's engine, with its Watch and what of it is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import FinishReason as Finish
+
+from monitor.engines.vllm.banks import Bank
+from monitor.engines.vllm.call import Call, blocks_prompt
+from monitor.engines.vllm.held import Held
+from monitor.engines.vllm.support import KEY
+from monitor.question import Question
+from monitor.sequence import Watch
+from monitor.types import FinishReason, Opening, Phase, Prompt, Record, Scores
+
+BLOCKED = "midstream:blocked"  # compared by identity: a client's stop string that reads the same is another object
+_REASONS: dict[Any, FinishReason] = {
+    Finish.STOP: "stop",
+    Finish.REPETITION: "stop",
+    Finish.LENGTH: "length",
+    Finish.ABORT: "aborted",
+    Finish.ERROR: "engine_error",
+}
+
+
+class Sequel:
+    """id: vLLM's own for the sequence; index: its choice in the call; model: the name that records carry
+
+    tokens: prompt and answer, as the second judge reads them; asked: the newest question that went to it
+    """
+
+    def __init__(self, call: Call, bank: Bank, prompt: Prompt, index: int, request_id: str, model: str) -> None:
+        self.call, self.bank, self.index, self.id = call, bank, index, request_id
+        self._model = model
+        policy = bank.live.choose(call.caller)
+        self.terms = policy.terms
+        self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
+        given = () if call.given is None else call.given.answer
+        self.tokens: list[int] = [*prompt.token_ids, *given]
+        self.asked: Question | None = None
+        self._held = Held()
+        self._ending: tuple[Any, Any] | None = None  # vLLM's reasons, while the Watch still waits for an answer
+
+    def take(self, output: Any, width: int) -> bool:
+        """Judge one output, and rewrite it to what may be released. False if nothing of it may go on yet.
+
+        width: columns of a bank in the rows that the output carries
+        """
+        params = output.kv_transfer_params
+        segments = params.pop(KEY, ()) if params else ()
+        if params is not None and not params:
+            output.kv_transfer_params = None
+        finish = None if output.finish_reason is None else _REASONS[output.finish_reason]
+        rows = self._rows(segments, width)
+        if self.call.given is None:
+            self._advance(rows, output.new_token_ids, finish)
+        else:
+            self._replay(rows, finish)
+            output.new_token_ids, output.new_logprobs = [], None
+        if self.call.failed is not None and self.watch.finish is None:
+            self.watch.end("aborted")  # another sequence of the call may not be answered: neither is this one
+        return self._settle(output, finish)
+
+    def resolve(self, second: float | None) -> tuple[Any, bool]:
+        """The second judge has answered: an output of what that releases, and whether it may go on."""
+        self.watch.resolve(second)
+        output = EngineCoreOutput(request_id=self.id, new_token_ids=[])
+        ending, self._ending = self._ending, None
+        finish = None
+        if ending is not None:
+            output.finish_reason, output.stop_reason = ending
+            finish = _REASONS[output.finish_reason]
+        return output, self._settle(output, finish)
+
+    @property
+    def record(self) -> Record:
+        call = self.call
+        return self.watch.record(call.id, self.index, self._model, call.caller, self.terms.policy)
+
+    def _rows(self, segments: Iterable[tuple[int, bytes]], width: int) -> list[tuple[int, Scores]]:
+        bank, k = self.bank.index, len(self.bank.live.bank)
+        return [(first, np.frombuffer(raw, np.float32).reshape(-1, 2, width)[:, bank, :k]) for first, raw in segments]
+
+    def _advance(self, rows: list[tuple[int, Scores]], tokens: list[int], finish: FinishReason | None) -> None:
+        for first, part in rows[:-1]:
+            self._trace(first, part)
+            self.watch.advance(first, part)
+        if rows:
+            first, last = rows[-1]
+            self._trace(first, last)
+        else:
+            first, last = self.watch.n_scored, np.empty((0, len(self.bank.live.bank)), np.float32)
+        self.tokens += tokens
+        self.watch.advance(first, last, len(tokens), finish)
+
+    def _replay(self, rows: list[tuple[int, Scores]], finish: FinishReason | None) -> None:
+        n_answer = len(self.tokens) - self.watch.n_prompt
+        for first, part in rows:
+            self.watch.replay(first, part, n_answer)
+        if finish is not None and self.watch.n_scored < len(self.tokens):  # ended before everything was read
+            nothing = np.empty((0, len(self.bank.live.bank)), np.float32)
+            self.watch.advance(len(self.tokens), nothing, n_answer - self.watch.n_sampled, finish)
+
+    def _trace(self, first: int, rows: Scores) -> None:
+        if self.call.trace is not None and self.index == 0:
+            self.call.trace(first, self.tokens[first : first + len(rows)], rows)
+
+    def _settle(self, output: Any, finish: FinishReason | None) -> bool:
+        """finish: the engine's own reason to end, with this output"""
+        watch, call = self.watch, self.call
+        if self.index not in call.openings and (watch.prompt_judged or watch.finish):
+            call.openings[self.index] = Opening(self.terms, watch.readings(Phase.PROMPT))
+        if finish is not None and watch.finish is None:
+            self._ending = (output.finish_reason, output.stop_reason)
+            output.finish_reason = output.stop_reason = None
+        released = watch.released if call.given is None else 0
+        ready = self._held.exchange(output, released, watch.finish is not None)
+        if watch.finish is not None and watch.finish != finish:
+            self._stop(output)
+        return ready
+
+    def _stop(self, output: Any) -> None:
+        """The Watch has ended it, not the engine."""
+        finish, call = self.watch.finish, self.call
+        output.finish_reason, output.stop_reason = Finish.ABORT, BLOCKED
+        if call.given is not None:
+            return
+        if finish == "content_filter":
+            call.blocked[self.index] = self.watch.released
+        record = self.record
+        if call.failed is None and (finish == "unmonitored" or blocks_prompt(record)):
+            call.failed = record

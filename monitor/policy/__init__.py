@@ -1,0 +1,1 @@
+"""What a probe's value does: rules, the file they are written in, and the second judge."""

@@ -1,0 +1,108 @@
+"""What a policy file means for a set of probes: modes, thresholds out of the cards, one Policy for each name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from monitor.errors import ConfigInvalid
+from monitor.policy.file import Body, PhasePolicy, PolicyFile, ProbePolicy
+from monitor.policy.rule import Policy, Rule, Second
+from monitor.types import Format, Mode, Phase, Terms
+from probes_store.calibration import Calibration
+from probes_store.store import StoredProbe
+
+FORMATS: tuple[Format, ...] = ("chat", "raw")
+
+
+def resolve(probes: Sequence[StoredProbe], file: PolicyFile) -> Mapping[str, Policy]:
+    """By name. raises: ConfigInvalid for a probe that isn't there, or a mode or rate that its card can't give"""
+    return {name: _policy(probes, name, body) for name, body in file.bodies.items()}
+
+
+def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
+    have = [p.card.name for p in probes]
+    second = body.second
+    for wanted in (*body.probes, *(second.probes if second else ())):
+        if wanted not in have:
+            raise ConfigInvalid(f"policy {name!r} names probe {wanted!r}; this model has {', '.join(sorted(have))}")
+    terms = Terms(
+        name,
+        body.annotate,
+        None if body.blocked_prompt == "error" else body.blocked_prompt["refusal"],
+        None if body.blocked_answer == "cut" else body.blocked_answer["replace"],
+    )
+    asked = Second() if second is None else Second(second.probes, second.weight, second.recheck_tokens, second.max_held)
+    return Policy({form: _rules(probes, form, body) for form in FORMATS}, terms, asked)
+
+
+def _of(body: Body, probe: str, phase: Phase) -> PhasePolicy:
+    own = body.probes.get(probe, ProbePolicy())
+    return own.prompt if phase is Phase.PROMPT else own.response
+
+
+def _rules(probes: Sequence[StoredProbe], form: Format, body: Body) -> tuple[Rule, ...]:
+    said = {(p.card.name, phase): _of(body, p.card.name, phase) for p in probes for phase in Phase}
+    # A shipped probe blocks; one that somebody has just trained starts in shadow.
+    modes = {
+        (p.card.name, phase): said[p.card.name, phase].mode or (Mode.BLOCK if p.shipped else Mode.SHADOW)
+        for p in probes
+        for phase in Phase
+    }
+    sharing = [k for k, m in modes.items() if m is Mode.BLOCK and said[k].threshold is None is said[k].target_fpr]
+    alpha = body.target_fpr / max(1, len(sharing))
+    rules = []
+    for column, probe in enumerate(probes):
+        for phase in Phase:
+            key = probe.card.name, phase
+            rules.append(_rule(probe, column, phase, form, body, said[key], modes[key], alpha))
+    return tuple(rules)
+
+
+def _rule(
+    probe: StoredProbe,
+    column: int,
+    phase: Phase,
+    form: Format,
+    body: Body,
+    said: PhasePolicy,
+    mode: Mode,
+    alpha: float,
+) -> Rule:
+    card = probe.card
+    calibration = card.calibration.get(form, {}).get(phase.value)
+    threshold = escalate = None
+    try:
+        if calibration is None:
+            raise ValueError(f"the card has no calibration for {phase} in {form}")
+        threshold = _at(calibration, said.threshold, said.target_fpr or alpha)
+        if said.escalates and mode is Mode.BLOCK:
+            escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
+    except ValueError as error:
+        # Asked for by name, on the route everybody uses: refuse. Else it can only be shadowed.
+        if said.mode not in (None, Mode.SHADOW) and form == "chat":
+            raise ConfigInvalid(
+                f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
+                "with more benign rows, raise target_fpr, or set the mode to shadow"
+            ) from error
+        mode = Mode.SHADOW
+    try:
+        return Rule(
+            probe=card.name,
+            version=card.version,
+            column=column,
+            phase=phase,
+            mode=mode,
+            threshold=threshold,
+            aggregation=card.aggregation[phase.value],
+            fail_mode=body.fail_mode,
+            on_history=said.on_history or body.on_history,
+            escalate=escalate,
+            min_tokens=said.min_tokens,
+            consecutive=said.consecutive,
+        )
+    except ValueError as error:
+        raise ConfigInvalid(f"{error} (format {form})") from error
+
+
+def _at(calibration: Calibration, value: float | None, alpha: float) -> float:
+    return calibration.threshold(alpha) if value is None else value

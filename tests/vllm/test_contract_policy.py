@@ -1,0 +1,39 @@
+"""Policies over HTTP, with vLLM: one engine, whose policy is replaced for each test."""
+
+import pytest
+
+from ..conftest import calibrated
+
+pytest.register_assert_rewrite("tests.contract", "tests.contract_policy")
+
+from ..contract import Server  # noqa: E402
+from ..contract_policy import Policed, _fresh, as_file, endpoint, soft_star  # noqa: E402, F401
+from . import test_leak  # noqa: E402
+from .conftest import EAGER, Harness, Web, make_plan  # noqa: E402
+
+quiet = test_leak.quiet
+
+
+@pytest.fixture(scope="module")
+def web(quiet, tmp_path_factory):
+    published = [(soft_star(quiet), {"calibration": calibrated(1e6)})]
+    running = Harness(make_plan(quiet, tmp_path_factory.mktemp("store"), published, EAGER))
+    web = Web(running)
+    yield web
+    web.stop()
+    running.stop()
+
+
+@pytest.fixture
+def policed(web, quiet, tmp_path):
+    def started(policy):
+        harness = web.harness
+        bank = harness.judge.banks.current
+        bank.live = bank.live.under(as_file(tmp_path, policy))
+        return Server(web.url, quiet, bank.live, web.sink, web.idle, harness.started.scorer, harness.run)
+
+    return started
+
+
+class TestVllm(Policed):
+    pass
