@@ -142,7 +142,8 @@ def show(
 def _show(console: Console, record: dict[str, Any]) -> None:
     coverage = record["coverage"]
     console.print(
-        f"[bold]{record['request_id']}[/] choice {record['index']} · {record['route']} · {record['model']}\n"
+        f"[bold]{record['request_id']}[/] choice {record['index']} · {record['route']} · {record['model']} · "
+        f"policy {record['policy']}{', key ' + record['key'] if record['key'] else ''}\n"
         f"verdict [bold]{record['verdict']}[/], finish {record['finish']}, "
         f"{record['released_tokens']} of {coverage['response_tokens']} answer tokens released\n"
         f"scored {coverage['prompt_scored']} prompt + {coverage['response_scored']} answer tokens, "
@@ -178,6 +179,9 @@ def _show(console: Console, record: dict[str, Any]) -> None:
             peak,
         )
     console.print(table)
+    for asked in record["escalations"]:
+        said = f"{asked['value']:.3f} at position {asked['position']}; the second judge: {_number(asked['second'])}"
+        console.print(f"{asked['probe']}, {asked['phase']}, uncertain: {said}: {asked['result']}", highlight=False)
     for probe, scores in record["token_scores"].items():
         spans = [*record["counted"], [coverage["prompt_tokens"], len(scores)]]
         positions = [p for start, end in spans for p in range(start, min(end, len(scores)))]

@@ -32,6 +32,9 @@ class Metrics:
         self.fail_open = Counter("fail_open", "Sequences served over missing scores by a blocking probe.", **of)
         self.flags = Counter("flags", "Sequences that a probe flagged.", ["probe", "phase"], **of)
         self.blocks = Counter("blocks", "Sequences that a probe blocked.", ["probe", "phase"], **of)
+        self.escalations = Counter(
+            "escalations", "Questions to the second judge, by what came of them.", ["probe", "phase", "result"], **of
+        )
         self.would_block = Counter(
             "would_block",
             "Sequences above the threshold of a probe that may not block.",
@@ -87,6 +90,8 @@ class Metrics:
                 and reading.mode is Mode.BLOCK
                 and record.finish in ("stop", "length")
             )
+        for asked in record.escalations:
+            self.escalations.labels(asked.probe, asked.phase, asked.result).inc()
         self.fail_open.inc(opened)
 
     def scored(self, seconds: float, n_tokens: int) -> None:

@@ -30,6 +30,8 @@ def notice(record: Record) -> dict[str, Any] | None:
         "time": record.created,
         "model": record.model,
         "route": record.route,
+        "key": record.key,
+        "policy": record.policy,
         "finish": record.finish,
         "released_tokens": record.released_tokens,
         "unmonitored": record.coverage.unmonitored,

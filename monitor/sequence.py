@@ -64,7 +64,8 @@ class Watch:
         self._response = [AnswerTrack(r, self.n_prompt) for r in rules if r.phase is Phase.RESPONSE]
         self._tracks: list[AnyTrack] = [*self._prompt, *self._response]
         self._steps = [(t.add, t.rule.column, t) for t in self._response]
-        self._ledger = Ledger(self.n_prompt, 1 + max((r.column for r in rules), default=0))
+        self._width = 1 + max((r.column for r in rules), default=0)
+        self._ledger = Ledger(self.n_prompt, self._width)
         self._stop_at: int | None = None  # first response position that must not be released
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
         self._prompt_done = False
@@ -86,8 +87,10 @@ class Watch:
         """
         if self.finish is not None:
             return Judged(self.released, self.finish)
-        if len(rows):
+        if len(rows) and rows.shape[1] >= self._width:
             self._take(first, rows)
+        elif len(rows):  # a probe of ours is no more in what the engine scores
+            self._gap(first + len(rows), "missing_probe")
         self.n_sampled += n_new
         if n_new or finish in ("stop", "length"):
             # Only the newest sampled token may lack a score: every token before it was fed to sample it. The last one

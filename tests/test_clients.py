@@ -11,25 +11,24 @@ import openai
 import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else importing it fetches a price list
-litellm = pytest.importorskip("litellm")
-langchain_openai = pytest.importorskip("langchain_openai")
-
-from litellm.exceptions import GuardrailRaisedException  # noqa: E402
-from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler  # noqa: E402
-from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api.generic_guardrail_api import (  # noqa: E402
+import langchain_openai
+import litellm
+from litellm.exceptions import GuardrailRaisedException
+from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api.generic_guardrail_api import (
     GenericGuardrailAPI,
 )
 
-from monitor.api.app import create_app  # noqa: E402
-from monitor.api.edge import Edge  # noqa: E402
-from monitor.api.guardrail import guardrail_routes  # noqa: E402
-from monitor.api.moderations import moderation_routes  # noqa: E402
-from monitor.api.openai import Service  # noqa: E402
-from monitor.config import load_settings  # noqa: E402
-from monitor.metrics import Metrics  # noqa: E402
-from monitor.types import Mode, Terms  # noqa: E402
+from monitor.api.app import create_app
+from monitor.api.edge import Edge
+from monitor.api.guardrail import guardrail_routes
+from monitor.api.moderations import moderation_routes
+from monitor.api.openai import Service
+from monitor.config import load_settings
+from monitor.metrics import Metrics
+from monitor.types import Mode, Terms
 
-from .doors import MODEL, FakeEngine, FakeScorer, door, judging, listening, refusing  # noqa: E402
+from .doors import MODEL, FakeEngine, FakeScorer, door, judging, listening, refusing
 
 PLANTED = {
     "bomb": {"harmful-intent": 3.0},

@@ -145,3 +145,17 @@ def test_what_goes_on_is_the_released_prefix_with_its_logprobs_and_every_once_fi
         late = output(998, 999, with_logprobs=with_logprobs)
         held.exchange(late, held.sent, True)
         assert late.new_token_ids == [] and late.new_logprobs is None
+
+
+def test_rows_of_two_widths_are_joined_at_the_narrower():
+    """vLLM's rows are as wide as the step's most demanding request wants, and requests come and go between steps."""
+    for narrow_first in (False, True):
+        held, first, second = Held(), output(1), output(2)
+        wide = first if not narrow_first else second
+        extra = np.full((1, 3), 7, np.int32)
+        ids, values, ranks, _ = wide.new_logprobs
+        wide.new_logprobs = Logprobs(np.hstack([ids, extra]), np.hstack([values, extra]).astype(np.float32), ranks)
+        assert not held.exchange(first, 0, False)
+        assert held.exchange(second, 2, False)
+        assert second.new_logprobs.logprob_token_ids.tolist() == [[1, 1001], [2, 1002]]
+        assert second.new_logprobs.sampled_token_ranks.tolist() == [1, 2]

@@ -200,7 +200,8 @@ def test_the_shape_of_a_notice(verdict):
     probes = event.pop("probes")
     assert event == {
         "event": f"midstream.{verdict}", "request_id": "r9", "choice": 2, "time": 1.5, "model": "tiny",
-        "route": "chat", "finish": "content_filter", "released_tokens": 5, "unmonitored": 3,
+        "route": "chat", "key": "", "policy": "default",
+        "finish": "content_filter", "released_tokens": 5, "unmonitored": 3,
     }  # fmt: skip
     common = {"probe": "demo", "version": "v1"}
     assert probes == [

@@ -54,7 +54,7 @@ def create_app(
 
 def bare_app(metrics: Metrics) -> FastAPI:
     """Without routes: every error in OpenAI's shape, and counted."""
-    app = FastAPI(title="midstream", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="midstream", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     def refuse(error: ApiError) -> JSONResponse:
         metrics.rejected.labels(str(error.status)).inc()

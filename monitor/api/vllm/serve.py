@@ -63,6 +63,7 @@ def mount(app: FastAPI, plan: Plan, metrics: Metrics) -> None:
         elif path in _HARMLESS:
             kept.append(route)
     app.router.routes[:] = kept
+    app.router.redirect_slashes = False  # a path is a route's or is none; and Location would be the client's own Host
 
 
 def add_ours(app: FastAPI, running: Started, edge: Edge, metrics: Metrics) -> None:

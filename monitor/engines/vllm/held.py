@@ -46,8 +46,14 @@ class Held:
 def _joined(first: Any, second: Any) -> Any:
     if first is None or second is None:
         return second if first is None else first
-    columns = [np.concatenate([a, b]) for a, b in zip(first[:3], second[:3], strict=True)]
+    # The rows of a step are as wide as its most demanding request wants; each has at least what its own asked for.
+    width = min(first[0].shape[1], second[0].shape[1])
+    columns = [np.concatenate([_cut(a, width), _cut(b, width)]) for a, b in zip(first[:3], second[:3], strict=True)]
     return type(second)(*columns)
+
+
+def _cut(column: Any, width: int) -> Any:
+    return column[:, :width] if column.ndim == 2 else column  # ranks have one dimension
 
 
 def _part(logprobs: Any, rows: slice) -> Any:
