@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,12 @@ class MonitoredWorker(_Worker):
             per_block = self.vllm_config.cache_config.block_size
             n_slots = self.vllm_config.cache_config.num_gpu_blocks * max(per_block, table.block_size)
             self._cache = SlotScores(n_slots, self.tap.config.n_banks, self.tap.config.width)
-        setattr(output, KEY, step.scores(self._cache))
+        try:
+            scores = step.scores(self._cache)
+        except RuntimeError as error:  # no scores, and the fail mode decides; it must not end everybody's answer
+            print(f"midstream: the tap failed, the tokens of a step have no score: {error}", file=sys.stderr)
+            scores = {}
+        setattr(output, KEY, scores)
         return output
 
     # --- called by name from the API process ----------------------------------------------------------------------
