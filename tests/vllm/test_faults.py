@@ -60,7 +60,8 @@ def test_a_fault_is_what_the_fail_mode_says(web, server, quiet, tmp_path, fault,
         web.harness.run(web.harness.engine.collective_rpc("break_scores", args=(fault, CLEAN)))
     before = counts(web.sink.metrics)
     response = server.post("/v1/chat/completions", asking(quiet, stream))
-    (record,) = server.records(response.headers["x-midstream-request-id"])
+    assert server.idle()  # and so its record is written
+    (record,) = web.sink.of(response.headers["x-midstream-request-id"])
     if mend is not None:
         mend()
     web.harness.run(web.harness.engine.collective_rpc("break_scores", args=("", 0)))

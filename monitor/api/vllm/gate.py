@@ -75,6 +75,9 @@ class Gate:
         token = CALL.set(call)
         try:
             await self.app(scope, _replay(raw, receive), outgoing)
+        except Exception:
+            if not await outgoing.ended_badly():
+                raise
         finally:
             CALL.reset(token)
 
@@ -121,6 +124,14 @@ class Outgoing:
             await self._stream(more)
         elif not more:
             await self._whole()
+
+    async def ended_badly(self) -> bool:
+        """The route raised. Whether that is a failure of ours to tell of: a dead engine is vLLM's 500, and our 503."""
+        if self._call.failed is None:
+            return False
+        if not self._done:
+            await self._fail(self._call.failed)
+        return True
 
     async def refuse(self, error: ApiError) -> None:
         await self._answer(error.response(), self._wire.error(error))

@@ -83,7 +83,10 @@ def add_ours(app: FastAPI, running: Started, edge: Edge, metrics: Metrics) -> No
     judging = Judging(running.scorer, model.template, running.plan.settings, model.name)
     for routes in other_routes(judging, lambda: judge.banks.current.live):
         inside.include_router(routes)
-        app.router.routes += [Route(route.path, inside) for route in routes.routes if isinstance(route, Route)]
+        for one in [r for r in routes.routes if isinstance(r, Route)]:
+            route = Route(one.path, one.endpoint, methods=["POST"])  # vLLM prints each endpoint's name
+            route.app = inside
+            app.router.routes.append(route)
     # vLLM has built its own stack of middleware by now; ours goes outside of it.
     inner = app.middleware_stack or app.build_middleware_stack()
     app.middleware_stack = edge.around(inner)

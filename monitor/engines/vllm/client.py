@@ -141,8 +141,11 @@ class Judge:
             return
         sequel.watch.end(finish)
         sequel.bank.users -= 1
-        record = sequel.call.records[sequel.index] = sequel.record
-        if not sequel.call.silent:
+        call = sequel.call
+        record = call.records[sequel.index] = sequel.record
+        if record.finish == "engine_error" and call.failed is None:
+            call.failed = record
+        if not call.silent:
             self._observer.record(record)
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
