@@ -13,7 +13,8 @@ from monitor.aggregate import Aggregation
 from monitor.api.errors import ApiError
 from monitor.api.vllm import admit
 from monitor.api.vllm.gate import Gate
-from monitor.api.vllm.wire import WIRES, sse
+from monitor.api.vllm.wire import sse
+from monitor.api.vllm.wires import WIRES
 from monitor.config import load_settings
 from monitor.engines.vllm.call import CALL
 from monitor.metrics import Metrics

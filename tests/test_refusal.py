@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from monitor.api.refusal import ROUTES
-from monitor.api.vllm.wire import WIRES
+from monitor.api.vllm.wires import WIRES
 
 from .doors import ID, listening, refusing
 

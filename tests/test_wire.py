@@ -5,7 +5,10 @@ import json
 import pytest
 
 from monitor.api.errors import ApiError, unavailable
-from monitor.api.vllm.wire import WIRES, ChatWire, CompletionWire, MessagesWire, ResponsesWire, parse_event, sse
+from monitor.api.vllm.choices import ChatWire, CompletionWire
+from monitor.api.vllm.items import MessagesWire, ResponsesWire
+from monitor.api.vllm.wire import parse_event, sse
+from monitor.api.vllm.wires import WIRES
 from monitor.engines.vllm.call import Call
 
 TOOL = {"index": 0, "id": "t1", "type": "function", "function": {"name": "rm", "arguments": '{"pa'}}

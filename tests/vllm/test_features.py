@@ -16,7 +16,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.serve import _HARMLESS
-from monitor.api.vllm.wire import WIRES
+from monitor.api.vllm.wires import WIRES
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 

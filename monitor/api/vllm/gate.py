@@ -19,7 +19,8 @@ from monitor.api.front import ID_HEADER, own_id
 from monitor.api.refusal import Refusal, refuse
 from monitor.api.verdicts import known, prompt_annotation, verdict_headers
 from monitor.api.vllm.admit import admit, chat_messages, route_format
-from monitor.api.vllm.wire import WIRES, Wire, parse_event
+from monitor.api.vllm.wire import Wire, parse_event
+from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings
 from monitor.engines.vllm.call import CALL, Call, blocks_prompt
 from monitor.metrics import Metrics

@@ -27,7 +27,7 @@ from monitor.api.judging import Judging
 from monitor.api.others import other_routes
 from monitor.api.serve import EXIT_ENGINE_DIED, Door, Sinks, admin_door, announce, open_socket, plainly, summary
 from monitor.api.vllm.gate import Gate
-from monitor.api.vllm.wire import WIRES
+from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings
 from monitor.engines.vllm.launch import Plan, Started, plan, started
 from monitor.errors import ConfigInvalid

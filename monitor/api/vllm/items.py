@@ -1,0 +1,110 @@
+"""Blocks on OpenAI's Responses and Anthropic's Messages: answers made of items and blocks, streamed as named events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from monitor.api.errors import ApiError
+from monitor.api.vllm.wire import FILTERED, Wire, sse
+from monitor.engines.vllm.call import Call
+
+_SAID = ("message", "reasoning")  # what an answer says; every other item calls something
+
+
+class ResponsesWire(Wire):
+    """A stream is cut, never replaced: its text belongs to events that are numbered and repeated at the end."""
+
+    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.terms.replacement is not None:
+            part = {"type": "output_text", "text": self.terms.replacement, "annotations": [], "logprobs": []}
+            item = {"id": f"msg_{self.call.id}", "type": "message", "role": "assistant", "status": "incomplete"}
+            body = body | {"output": [item | {"content": [part]}]}
+        return self._incomplete(body)
+
+    def _incomplete(self, body: dict[str, Any]) -> dict[str, Any]:
+        output = [item | {"status": "incomplete"} for item in body["output"] if item["type"] in _SAID]
+        return body | {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
+
+    def event(self, name: str | None, data: dict[str, Any] | None) -> Iterator[bytes]:
+        if data is None:
+            yield b"data: [DONE]\n\n"
+            return
+        kind, item = data["type"], data.get("item")
+        if kind in ("response.completed", "response.failed"):
+            kind = "response.incomplete"
+            data = data | {"type": kind, "response": self._incomplete(data["response"])}
+        elif "_call" in kind or (item is not None and item["type"] not in _SAID):
+            return
+        elif kind == "response.output_item.done":
+            data = data | {"item": data["item"] | {"status": "incomplete"}}
+        yield sse(kind, data)
+
+    def error_event(self, error: ApiError) -> bytes:
+        fields = {key: error.error[key] for key in ("code", "message", "param")}
+        return sse("error", {"type": "error", "sequence_number": 0} | fields)
+
+
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+}
+
+
+class MessagesWire(Wire):
+    refusal = {  # noqa: RUF012
+        "stop_reason": "refusal",
+        "stop_sequence": None,
+        "stop_details": {
+            "type": "refusal",
+            "category": None,
+            "explanation": "The safety monitor ended this answer.",
+        },
+    }
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._dropped: set[int] = set()  # blocks that were never begun
+        self._next = 0  # the index of a block of ours
+
+    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        content = [block for block in body["content"] if block["type"] in ("text", "thinking")]
+        if self.terms.replacement is not None:
+            content = [{"type": "text", "text": self.terms.replacement}]
+        return body | self.refusal | {"content": content}
+
+    def event(self, name: str | None, data: dict[str, Any] | None) -> Iterator[bytes]:
+        if data is None:
+            yield b"data: [DONE]\n\n"
+            return
+        if data["type"] == "message_delta":
+            if self.terms.replacement is not None:
+                yield from self._block(self.terms.replacement)
+            data = data | {"delta": data["delta"] | self.refusal}
+        elif data.get("delta", {}).get("type") == "input_json_delta":
+            return
+        elif data.get("content_block", {}).get("type") == "tool_use":
+            self._dropped.add(data["index"])
+            self._next = max(self._next, data["index"])
+            return
+        elif data.get("index") in self._dropped:
+            return
+        elif "index" in data:
+            self._next = max(self._next, data["index"] + 1)
+        yield sse(data["type"], data)
+
+    def _block(self, text: str) -> Iterator[bytes]:
+        at = {"index": self._next}
+        start = {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}
+        delta = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}
+        for event in (start, delta, {"type": "content_block_stop"}):
+            yield sse(str(event["type"]), event | at)
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        kind = _ANTHROPIC.get(error.status, "overloaded_error" if error.status == 503 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": error.error["message"]}}
+
+    def error_event(self, error: ApiError) -> bytes:
+        return sse("error", self.error(error))
