@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,7 @@ from monitor.types import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(NamedTuple):
     """released: how many tokens of the answer the client may have by now; finish: set when the sequence ends"""
 
     released: int
@@ -95,7 +94,7 @@ class Watch:
         if n_new or finish in ("stop", "length"):
             # Only the newest sampled token may lack a score: every token before it was fed to sample it. The last one
             # is never fed, and goes out under the verdict before it.
-            self._gap(max(self.n_prompt, self.n_prompt + self.n_sampled - 1), "missing_rows")
+            self._gap(self.n_prompt + max(0, self.n_sampled - 1), "missing_rows")
         self._ending = self._ending or finish
         if self.question is not None and self.n_sampled - self.released > self._second.max_held:
             self._resolve(None, "overflow")
@@ -130,13 +129,18 @@ class Watch:
                 self._release(self.n_sampled)
             self.finish, self.question = ending, None
         elif self._prompt_done:
-            judged = min(self.n_scored - self.n_prompt, self.n_sampled) if self.holds else self.n_sampled
+            judged, scored = self.n_sampled, self._ledger.n_scored - self.n_prompt
+            if self.holds and scored < judged:
+                judged = scored
             self._release(judged if question is None else min(judged, question.position - self.n_prompt))
-            self.max_held = max(self.max_held, self.n_sampled - self.released)
+            held = self.n_sampled - self.released
+            if held > self.max_held:
+                self.max_held = held
         return Judged(self.released, self.finish)
 
     def _release(self, count: int) -> None:
-        self.released = max(self.released, count)
+        if count > self.released:
+            self.released = count
 
     # --- rows in -----------------------------------------------------------------------------------------------------
 

@@ -100,7 +100,8 @@ class AnswerTrack(Track):
             self.value = value
         if value > self._limit:
             return self._over(position, value)
-        self._above = self._within = 0
+        if self._within:
+            self._above = self._within = 0
         return False
 
     def _over(self, position: int, value: float) -> bool:

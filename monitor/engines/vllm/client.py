@@ -120,7 +120,8 @@ class Judge:
             n_tokens += len(output.new_token_ids)
             if sequel.take(output, self._width):
                 passed.append(output)
-            self._ask(sequel)
+            if sequel.watch.question is not None:
+                self._ask(sequel)
         self._observer.scored(time.perf_counter() - began, n_tokens)
         return self._pass_on(passed, *args, **kwargs)
 

@@ -36,6 +36,7 @@ class Sequel:
     def __init__(self, call: Call, bank: Bank, prompt: Prompt, index: int, request_id: str, model: str) -> None:
         self.call, self.bank, self.index, self.id = call, bank, index, request_id
         self._model = model
+        self._k = len(bank.live.bank)
         policy = bank.live.choose(call.caller)
         self.terms = policy.terms
         self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
@@ -82,18 +83,16 @@ class Sequel:
         return self.watch.record(call.id, self.index, self._model, call.caller, self.terms.policy)
 
     def _rows(self, segments: Iterable[tuple[int, bytes]], width: int) -> list[tuple[int, Scores]]:
-        bank, k = self.bank.index, len(self.bank.live.bank)
+        bank, k = self.bank.index, self._k
         return [(first, np.frombuffer(raw, np.float32).reshape(-1, 2, width)[:, bank, :k]) for first, raw in segments]
 
     def _advance(self, rows: list[tuple[int, Scores]], tokens: list[int], finish: FinishReason | None) -> None:
-        for first, part in rows[:-1]:
-            self._trace(first, part)
-            self.watch.advance(first, part)
-        if rows:
-            first, last = rows[-1]
-            self._trace(first, last)
-        else:
-            first, last = self.watch.n_scored, np.empty((0, len(self.bank.live.bank)), np.float32)
+        *earlier, (first, last) = rows or [(self.watch.n_scored, np.empty((0, self._k), np.float32))]
+        for at, part in earlier:
+            self.watch.advance(at, part)
+        if self.call.trace is not None and self.index == 0:
+            for at, part in rows:
+                self.call.trace(at, self.tokens[at : at + len(part)], part)
         self.tokens += tokens
         self.watch.advance(first, last, len(tokens), finish)
 
@@ -102,12 +101,8 @@ class Sequel:
         for first, part in rows:
             self.watch.replay(first, part, n_answer)
         if finish is not None and self.watch.n_scored < len(self.tokens):  # ended before everything was read
-            nothing = np.empty((0, len(self.bank.live.bank)), np.float32)
+            nothing = np.empty((0, self._k), np.float32)
             self.watch.advance(len(self.tokens), nothing, n_answer - self.watch.n_sampled, finish)
-
-    def _trace(self, first: int, rows: Scores) -> None:
-        if self.call.trace is not None and self.index == 0:
-            self.call.trace(first, self.tokens[first : first + len(rows)], rows)
 
     def _settle(self, output: Any, finish: FinishReason | None) -> bool:
         """finish: the engine's own reason to end, with this output"""
