@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
+from starlette.types import Message, Receive
 
 from monitor.api.errors import ApiError
 
@@ -98,3 +99,17 @@ def _has_infinity(data: Any) -> bool:
 def _n_entries(items: Any) -> int:
     """Of a list and of the lists in it: a batch of conversations."""
     return sum(len(item) if isinstance(item, list) else 1 for item in items) if isinstance(items, list) else 0
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, and then what the connection says."""
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

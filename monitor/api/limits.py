@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from monitor.api.body import BodyBounds, Refused
+from monitor.api.body import BodyBounds, Refused, replay
 from monitor.api.front import OPEN_PATHS, shaped
 from monitor.errors import ConfigInvalid
 
@@ -78,7 +78,7 @@ class Limits:
             return
         self._in_flight += 1
         try:
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, replay(body, receive), send)
         finally:
             self._in_flight -= 1
 
@@ -124,16 +124,3 @@ def _too_many(limit: str, message: str, code: str, seconds: float | None) -> Ref
 
 def _at_most(digits: bytes, bound: int) -> bool:
     return digits.isdigit() and len(digits) < 16 and int(digits) <= bound
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replayed() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed

@@ -10,10 +10,10 @@ import time
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from monitor.api.body import replay
 from monitor.api.errors import ApiError, PromptBlocked, ended_badly, unavailable
 from monitor.api.front import ID_HEADER, own_id
 from monitor.api.refusal import Refusal, refuse
@@ -50,11 +50,7 @@ class Gate:
         key = scope.get("state", {}).get("midstream_key", "")
         call = Call(self._route, route_format(self.path), key=key, id=own_id(scope))
         outgoing = Outgoing(call, WIRES[self.path](call), send, self._metrics)
-        try:
-            raw = await _read(receive)
-        except HTTPException as error:  # larger than it said
-            await outgoing.refuse(ApiError(error.status_code, error.detail, code="body_too_large"))
-            return
+        raw = await _read(receive)
         if raw is None:
             return  # gone before it had asked
         try:
@@ -75,7 +71,7 @@ class Gate:
             await self._know_history(call, body)
         token = CALL.set(call)
         try:
-            await self.app(scope, _replay(raw, receive), outgoing)
+            await self.app(scope, replay(raw, receive), outgoing)
         except Exception:
             if not await outgoing.ended_badly():
                 raise
@@ -253,16 +249,3 @@ async def _read(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replayed() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
