@@ -1,4 +1,5 @@
-"""vLLM monitored against plain vLLM, in alternation in one go. CAP_S=seconds for each comparison (default 240).
+"""vLLM monitored against plain vLLM, in alternation in one go. CAP_S=seconds for each comparison (default 240);
+PROBES=64 makes only the comparison with 64 probes.
 
 Both engines are up at once; while one works the other waits. Where an engine's memory comes to lie moves its speed by
 more than the tap does, so the main comparison is made twice, with fresh engines started in either order. Throughput at
@@ -32,6 +33,8 @@ from tests.vllm.conftest import Harness, make_plan
 CAP_S = float(os.environ.get("CAP_S", "240"))
 STREAMS, TOKENS = 32, 48
 ROUNDS = ((8, False), (8, True), (1, False), (64, True))  # probes, whether the monitored engine starts first
+if "PROBES" in os.environ:
+    ROUNDS = tuple(r for r in ROUNDS if r[0] == int(os.environ["PROBES"]))
 ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-prefix-caching", *sys.argv[1:]]
 
 
