@@ -262,6 +262,22 @@ def test_the_id_of_the_answer_is_the_calls(tiny):
         assert Answer(ask(tiny, inner, {"messages": [user()]})).headers[ID] == inner.call.id.encode()
 
 
+@pytest.mark.parametrize(("asked", "judged"), [("m", "m"), ("alias", "m"), ("", "m"), (None, "m"), ("lora", "lora")])
+def test_a_policy_sees_the_key_and_the_models_own_name(tiny, asked, judged):
+    """Whatever alias a client asks for, or none."""
+    seen = []
+
+    async def inner(scope, receive, send):
+        seen.append(CALL.get().caller)
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps({"messages": [user()], "model": asked}).encode()}
+
+    gate = Gate(inner, CHAT, tiny.template, load_settings(), Metrics(), "m", {"m", "alias"})
+    asyncio.run(gate({"type": "http", "state": {"midstream_key": "acme"}}, receive, None))
+    assert seen == [Caller("acme", "chat", judged)]
+
+
 def test_every_call_has_its_own_id_and_none_is_left_behind(tiny):
     inners = [Inner(*whole({})) for _ in range(3)]
     for inner in inners:
