@@ -506,13 +506,16 @@ ELSEWHERE = [
 ]
 
 
+JUDGED_ONLY = ("/v1/moderations", "/beta/litellm_basic_guardrail_api")
+
+
 class TestRoutes:
     def test_every_route_is_harmless_or_gated_or_ours(self, web):
         for route in web.app.routes:
             if route.path in WIRES:
                 assert isinstance(route, Route) and isinstance(route.app, Gate), route.path
             else:
-                assert route.path in {*_HARMLESS, "/ready"}, route.path
+                assert route.path in {*_HARMLESS, "/ready", *JUDGED_ONLY}, route.path
         gated = {route.path for route in web.app.routes if route.path in WIRES}
         assert gated == set(WIRES)
         assert [r.path for r in web.app.routes if isinstance(r, Mount)] == ["/metrics"]
