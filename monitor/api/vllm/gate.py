@@ -73,7 +73,7 @@ class Gate:
         try:
             await self.app(scope, replay(raw, receive), outgoing)
         except Exception:
-            if not await outgoing.ended_badly():
+            if not await outgoing.told_failure():
                 raise
         finally:
             CALL.reset(token)
@@ -122,7 +122,7 @@ class Outgoing:
         elif not more:
             await self._whole()
 
-    async def ended_badly(self) -> bool:
+    async def told_failure(self) -> bool:
         """The route raised. Whether that is a failure of ours to tell of: a dead engine is vLLM's 500, and our 503."""
         if self._call.failed is None:
             return False
