@@ -34,8 +34,9 @@ serve: setup
 serve-vllm: setup-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/midstream serve --engine vllm --host $(HOST) --port $(PORT) --enforce-eager $(ARGS)
 
+# A file's servers serve all of its tests: a file stays with one worker.
 test: setup check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-vllm: setup-vllm
 	$(BIN)/python -m pytest $(VLLM_TESTS)
@@ -49,11 +50,15 @@ check: setup
 bench: setup-vllm
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.judge
+	$(BIN)/python -m tests.bench.fit
+	$(BIN)/python -m tests.bench.log
+	$(BIN)/python -m tests.bench.observer
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.vllm
 
 attack: setup-vllm
 	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py \
-		tests/test_attacks.py tests/test_schema_fuzz.py tests/test_limits.py tests/test_connection.py
+		tests/test_attacks.py tests/test_schema_fuzz.py tests/test_limits.py tests/test_connection.py tests/test_evasion.py \
+		tests/test_log_kill.py tests/test_log_postgres.py
 	$(BIN)/python -m pytest -s --attack $(VLLM_TESTS)
 
 wheel: setup

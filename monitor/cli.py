@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +13,48 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from monitor import cli_keys, cli_policy
+from monitor import (
+    cli_evaluate,
+    cli_gate,
+    cli_harvest,
+    cli_keys,
+    cli_lens,
+    cli_lint,
+    cli_log,
+    cli_observer,
+    cli_policy,
+    cli_probe,
+    cli_review,
+    cli_top,
+    cli_train,
+)
 from monitor.config import DEMO_MODEL, Settings, load_settings
 from monitor.errors import ConfigInvalid, MidstreamError
 from monitor.types import Mode, Phase
 
 EXIT_USAGE = 2
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Live safety monitoring for LLM serving: every token scored, judged before it is released.",
+)
 app.add_typer(cli_keys.app, name="key")
 app.add_typer(cli_policy.app, name="policy")
+app.add_typer(cli_probe.app, name="probe")
+app.command("probes")(cli_probe.list_probes)
+app.command("lint")(cli_lint.lint)
+app.command("evaluate")(cli_evaluate.evaluate)
+app.command("gate")(cli_gate.gate)
+app.command("lens")(cli_lens.lens)
+app.add_typer(cli_lens.experiment, name="experiment")
+app.command("harvest")(cli_harvest.harvest)
+app.add_typer(cli_log.app, name="log")
+app.command("review")(cli_review.review)
+app.command("top")(cli_top.top)
+app.command("train")(cli_train.train)
+app.add_typer(cli_observer.app, name="observer")
 Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
 Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -42,11 +75,16 @@ def _modes(given: list[str] | None) -> dict[str, dict[Phase, Mode]] | None:
 def serve(
     context: typer.Context,
     engine: Annotated[str | None, typer.Option(help="embedded or vllm. vllm takes vLLM's arguments too.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="Stand in front of this endpoint, like https://HOST/v1, and read along.")
+    ] = None,
+    upstream_key_env: Annotated[str | None, typer.Option(help="Variable that holds the endpoint's key.")] = None,
     model: Model = None,
     config: Config = None,
     host: Annotated[str | None, typer.Option()] = None,
     port: Annotated[int | None, typer.Option()] = None,
     api_key: Annotated[str | None, typer.Option(help="Bearer token of /v1.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of more keys: midstream key create.")] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML policy file; then no --mode or --target-fpr.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="PROBE.PHASE=shadow|flag|block; repeat it.")] = None,
     target_fpr: Annotated[float | None, typer.Option(help="Benign requests that may be blocked.")] = None,
@@ -59,10 +97,13 @@ def serve(
     settings = load_settings(
         config,
         engine=engine,
+        upstream=upstream,
+        upstream_key_env=upstream_key_env,
         model=model,
         host=host,
         port=port,
         api_key=api_key,
+        keys=keys,
         policy=policy,
         modes=_modes(mode),
         target_fpr=target_fpr,
@@ -97,26 +138,37 @@ def check(
 
 
 def _run_server(settings: Settings, extra: list[str]) -> int:
+    from monitor import logs
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again: imports take seconds
     if settings.engine == "vllm":
         _need_vllm()
+        logs.start(settings)  # before vLLM is imported, which sets its own up
         from monitor.api.vllm.serve import serve as serve_vllm
 
         return serve_vllm(settings, extra)
     if extra:
         raise ConfigInvalid(f"unknown argument {extra[0]!r}; see midstream serve --help (vLLM's need --engine vllm)")
+    logs.start(settings)
+    if settings.upstream:
+        _need("onnxruntime", "the observer needs onnxruntime; pip install midstream[observer]")
+        from monitor.api.upstream.serve import serve as serve_upstream
+
+        return serve_upstream(settings)
     from monitor.api.serve import serve as serve_embedded
 
     return serve_embedded(settings)
 
 
 def _need_vllm() -> None:
+    _need("vllm", "vLLM is not installed; pip install midstream[vllm], or `make setup-vllm` for the CPU")
+
+
+def _need(package: str, remedy: str) -> None:
     from importlib.util import find_spec
 
-    if find_spec("vllm") is None:
-        raise ConfigInvalid("vLLM is not installed; pip install midstream[vllm], or `make setup-vllm` for the CPU")
-    import monitor.engines.vllm.environment
-
-    monitor.engines.vllm.environment.prepare()
+    if find_spec(package) is None:
+        raise ConfigInvalid(remedy)
 
 
 @app.command()
@@ -129,7 +181,7 @@ def show(
     from monitor.traffic import find_records
 
     key = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    records = find_records(load_settings(config).records, key)
+    records = find_records(load_settings(config).log, key)
     if not records:
         raise ConfigInvalid(f"no record of request {request_id!r}; it may be older than the log keeps")
     if as_json:
@@ -234,53 +286,6 @@ def _coloured(tokens: list[str], scores: list[float | None]) -> list[tuple[str, 
             colour = f"rgb({level},30,30)" if value > 0 else f"rgb(20,{level // 2},40)"
             parts.append((f"{shown}[{value:+.1f}] ", f"white on {colour}"))
     return parts
-
-
-@app.command()
-def probes(model: Model = None, config: Config = None, store: Annotated[Path | None, typer.Option()] = None) -> None:
-    """List the probes in the store for a model."""
-    from probes_store.store import Store, model_slug
-
-    settings = load_settings(config, model=model, store=store)
-    shelf, slug = Store(settings.store), model_slug(settings.model)
-    live = shelf.live(slug)
-    if not live:
-        raise ConfigInvalid(
-            f"there is no probe for model {slug!r}; train one: midstream train --model {settings.model}"
-        )
-    table = Table()
-    for column in ("probe", "version", "live", "layers", "created", "from"):
-        table.add_column(column)
-    for name in live:
-        for version in shelf.versions(slug, name):
-            stored = shelf.load(slug, name, version)
-            mark = "live" if live[name] == version else ""
-            origin = "shipped" if stored.shipped else "yours"
-            table.add_row(name, version, mark, ",".join(map(str, stored.card.layers)), stored.card.created, origin)
-    Console().print(table)
-
-
-@app.command()
-def train(
-    model: Model = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="JSONL with `text` and `label`; repeat it. Default: our pairs.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="The probe's name.")] = "harmful-intent",
-    layer: Annotated[int | None, typer.Option(help="Block to read; default: the middle one.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of the torch probe.")] = 200,
-    answers: Annotated[int, typer.Option(help="Benign answers to generate for the response calibration.")] = 0,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe instead of --data: the shipped probe's form.")
-    ] = None,
-    config: Config = None,
-    store: Annotated[Path | None, typer.Option(help="Folder to publish into.")] = None,
-) -> None:
-    """Train a probe on labelled texts, calibrate it, and publish it to the store. It starts in shadow."""
-    from training.run import train as run
-
-    settings: Settings = load_settings(config, model=model, store=store)
-    run(settings, name=name, files=data or [], layer=layer, epochs=epochs, answers=answers, recipe=recipe)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -14,10 +14,11 @@ from rich.table import Table
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.policy.file import PolicyFile, When, load_policy
-from monitor.policy.resolve import resolve
 from monitor.policy.rule import Policy, Rule
 from monitor.types import Format
-from probes_store.store import Store, StoredProbe, model_slug
+
+if TYPE_CHECKING:
+    from probes_store.store import StoredProbe
 
 _LEGEND = """(≤ x%): no more benign requests than that cross it, with 95 % confidence, on traffic
 like the rows the probe was calibrated on; several probes' rates add up. Between the two
@@ -41,6 +42,10 @@ def check(
 ) -> None:
     """Validate a policy file against the live probes, and print every threshold with the rate it is certified for."""
     settings = load_settings(config, model=model, store=store)
+    # Here: they bring torch, seconds that `midstream --help` need not wait for.
+    from monitor.policy.resolve import resolve
+    from probes_store.store import Store, model_slug
+
     shelf, slug = Store(settings.store), model_slug(settings.model)
     live = shelf.live(slug)
     if not live:
@@ -59,7 +64,8 @@ def check(
     console.print(_LEGEND, soft_wrap=True, highlight=False)
 
 
-def _rows(probes: list[StoredProbe], name: str, policy: Policy) -> list[dict[str, object]]:
+def _rows(stored: list[StoredProbe], name: str, policy: Policy) -> list[dict[str, object]]:
+    probes = {p.card.name: p for p in stored}
     return [
         {
             "policy": name,
@@ -70,8 +76,8 @@ def _rows(probes: list[StoredProbe], name: str, policy: Policy) -> list[dict[str
             "mode": rule.mode,
             "escalate": rule.escalate,
             "threshold": rule.threshold,
-            "certified_fpr": _certified(probes[rule.column], form, rule, rule.threshold),
-            "asked_fpr": _certified(probes[rule.column], form, rule, rule.escalate),
+            "certified_fpr": _certified(probes[rule.probe], form, rule, rule.threshold),
+            "asked_fpr": _certified(probes[rule.probe], form, rule, rule.escalate),
             "on_history": rule.on_history,
             "min_tokens": rule.min_tokens,
             "consecutive": rule.consecutive,

@@ -98,13 +98,53 @@ class Settings(BaseSettings):
     """vLLM: probes that a later set may have without a restart."""
     allow_untested_vllm: bool = False
 
+    # In front of an endpoint: its answers are read along by an observer, which is `model` cut after the probes' layers
+    upstream: str | None = Field(None, pattern=r"^https?://")
+    """The endpoint with its version, like https://HOST/v1."""
+    upstream_key_env: str | None = None
+    """Environment variable that holds the key for it."""
+    upstream_first_s: float = Field(600.0, gt=0)
+    """Until an answer begins; one that is not streamed begins when it is whole."""
+    upstream_read_s: float = Field(60.0, gt=0)
+    """Between two pieces of an answer."""
+    upstream_retries: int = Field(2, ge=0, le=10)
+    """Of a request that got no answer at all."""
+    observer_int8: bool = False
+    observer_lag_tokens: int = Field(256, ge=16)
+    """More of them that come while the observer reads what was before: then the fail mode decides."""
+    observer_lag_s: float = Field(5.0, gt=0)
+    """For the observer to read `observer_lag_tokens`, or one piece."""
+    observer_pause_s: float = Field(0.25, gt=0, le=10)
+    """Without new text, after which a tail that the tokenizer may still change is read as it is."""
+
     # Records
     records: Path = Field(default_factory=lambda: state_dir() / "records.sqlite3")
     max_records: int = Field(100_000, ge=1)
     record_queue: int = Field(10_000, ge=1)
+    log_url: str | None = None
+    """PostgreSQL in place of the file `records`: postgresql://USER@HOST/NAME."""
+    log_days: float | None = Field(30, gt=0)
+    """Older records go, as do the oldest of more than `max_records`. None: only these."""
+    log_required: bool = False
+    """A request whose record can't be written gets 503, or the end of its answer is kept back."""
+    log_wait_s: float = Field(1.0, gt=0, le=60)
+    """How long the end of an answer waits for its record to be written."""
+    log_text: bool = False
+    """Keep prompts and answers: redacted, then encrypted. Without it only a keyed digest of the prompt is kept."""
+    log_key: str | None = Field(None, repr=False)
+    """What texts are encrypted with: 32 bytes in base64."""
     webhook_url: str | None = Field(None, pattern=r"^https?://")
     webhook_queue: int = Field(1_000, ge=1)
     webhook_attempts: int = Field(4, ge=1)
+
+    # Logs on stderr, and traces
+    log_format: Literal["text", "json"] = "text"
+    """json: one object a line, with the request's id and its trace's; every message of this process is one."""
+    access_log: bool = False
+    """One line for each request, without its query."""
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://")
+    """OTLP over HTTP, like http://collector:4318: a span for each request, never any text. Without it OpenTelemetry's
+    own OTEL_EXPORTER_OTLP_ENDPOINT counts; its other variables (OTEL_SERVICE_NAME, ...) do in any case."""
 
     # Repeat offenders: flags and blocks of one API key in a sliding window
     offender_window_s: float = Field(3600.0, gt=0, le=7 * 86_400)
@@ -114,6 +154,11 @@ class Settings(BaseSettings):
     """How long such a key is refused with 429. 0: never."""
     offender_metric_keys: tuple[str, ...] = ()
     """Names of keys that may be a metric's label; every other key is `other`."""
+
+    @property
+    def log(self) -> Path | str:
+        """Where the records are: a file of SQLite's, or PostgreSQL's URL."""
+        return self.log_url or self.records
 
     @classmethod
     def settings_customise_sources(

@@ -1,12 +1,12 @@
-"""The ledger of one sequence: which positions have a score, which never will, and why."""
+"""The books of one sequence: which positions have a score, which never will, and why; how long its tokens waited."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 
-from monitor.types import Coverage, Scores
+from monitor.types import Cause, Coverage, Scores
 
 
 class Ledger:
@@ -33,7 +33,7 @@ class Ledger:
             self.n_scored = first + len(rows)
         return first, rows
 
-    def gap(self, until: int, cause: str) -> list[int]:
+    def gap(self, until: int, cause: Cause) -> list[int]:
         """Positions from n_scored up to `until` will never have a score."""
         positions = list(range(self.n_scored, until))
         self._rows.append(np.full((len(positions), self._width), np.nan, dtype=np.float32))
@@ -41,15 +41,15 @@ class Ledger:
         self.miss(positions, cause)
         return positions
 
-    def miss(self, positions: list[int], cause: str) -> None:
+    def miss(self, positions: list[int], cause: Cause) -> None:
         self._causes[cause] += len(positions)
         self._n_bad_prompt += sum(1 for p in positions if p < self.n_prompt)
         self._n_bad += len(positions)
 
     @property
     def rows(self) -> Scores:
-        """(n_scored, K) float32, of a sequence's own probes; without rows (0, 0)"""
-        return np.concatenate(self._rows) if self._rows else np.empty((0, 0), dtype=np.float32)
+        """(n_scored, K) float32, of a sequence's own probes"""
+        return np.concatenate(self._rows) if self._rows else np.empty((0, self._width), dtype=np.float32)
 
     def coverage(self, n_sampled: int) -> Coverage:
         """n_sampled: tokens of the answer, released or not"""
@@ -67,3 +67,23 @@ class Ledger:
             not_computed=unseen - final,
             causes=dict(self._causes),
         )
+
+
+class Waits:
+    """How long the tokens of an answer waited to be released. longest: in seconds, of those released so far"""
+
+    __slots__ = ("_since", "longest")
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._since: deque[float] = deque()  # when each that is held was sampled, the oldest first
+
+    def step(self, now: float, n_new: int, n_held: int) -> None:
+        """n_new tokens were sampled now; n_held are left, all others have gone out. now: in seconds, of one clock"""
+        since = self._since
+        for _ in range(n_new):
+            since.append(now)
+        while len(since) > n_held:
+            waited = now - since.popleft()
+            if waited > self.longest:
+                self.longest = waited

@@ -70,11 +70,11 @@ class LiveProbes:
         raises: ProbeMismatch if one is further off than its card allows, or not finite
         """
         largest = 0.0
-        for column, probe in enumerate(self.probes):
+        for columns, probe in zip(self.bank.columns, self.probes, strict=True):
             card = probe.card
             for canary in card.canaries:
                 prompt = _canary_prompt(template, canary.text)
-                got = score(prompt)[counted(prompt), column]
+                got = score(prompt)[counted(prompt), columns].ravel()
                 expected = np.array(canary.scores, dtype=np.float32)
                 off = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("nan")
                 allowed = card.canary_tolerance if tolerance is None else tolerance

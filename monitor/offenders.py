@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import Counter
 
 from monitor.types import Action, Record
 
@@ -53,14 +53,15 @@ class Offenders:
     sequences, as every other one does. Keys are the server's own closed set, and each keeps max(limit, 1000) events;
     key "" (a server without keys) and requests for a mere verdict (moderations, guardrail) are in the metric only.
 
-    window_s: length of the sliding window; limit: flags + blocks in it that make an offender, None: nobody is one;
+    events: counts by key and action; window_s: length of the sliding window
+    limit: flags + blocks in it that make an offender, None: nobody is one;
     block_s: how long one is refused, 0: never; metric_keys: names that may be a label, the rest is `other`;
     tell: called with one notice per key and window, from the caller's thread; clock: seconds, never going back
     """
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        events: Counter,
         tell: Callable[[Mapping[str, Any]], None],
         *,
         window_s: float = 3600.0,
@@ -75,13 +76,7 @@ class Offenders:
         self._metric_keys = frozenset(metric_keys)
         self._keys: dict[str, _Key] = {}
         self._lock = threading.Lock()
-        self._events = Counter(
-            "key_events",
-            "Sequences of a key that were flagged or blocked.",
-            ["key", "action"],
-            registry=registry,
-            namespace="midstream",
-        )
+        self._events = events
         for name in (*sorted(self._metric_keys), _OTHER):  # so that rates start at 0
             for action in _COUNTED:
                 self._events.labels(name, action)

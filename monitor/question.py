@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,12 @@ class Question:
     def n_read(self) -> int:
         """Tokens of prompt and answer that it is about."""
         return self.position if self.phase is Phase.PROMPT else self.position + 1
+
+    def answer_of(self, tracks: Sequence[AnyTrack], probes: tuple[str, ...]) -> float | None:
+        """What other probes of the sequence say in its phase: the highest of their values, None if one is missing."""
+        found = [t for t in tracks if t.rule.probe in probes and t.rule.phase is self.phase and not t.broken]
+        values = [t.value for t in found if math.isfinite(t.value)]
+        return max(values) if len(values) == len(probes) else None
 
     def decide(self, track: AnyTrack, how: Second, second: float | None, missing: Missing) -> Escalation:
         """Set the track's verdict. second: the answer's logit; None: there is none, because of `missing`"""

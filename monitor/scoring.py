@@ -46,12 +46,12 @@ def score_text(settings: Settings, text: str) -> ScoredText:
     scores = engine.prefill(prompt)
     watch = Watch(prompt, live.rules["chat"])
     watch.advance(0, scores)
-    counts = set(counted(prompt))
+    counts, shown = set(counted(prompt)), watch.shown(scores)
     rows = []
     for column, reading in enumerate(r for r in watch.readings() if r.phase is Phase.PROMPT):
         value = math.nan if reading.value is None else reading.value
         verdict = str(reading.action) + (" (would act)" if reading.would_block else "")
-        values = [float(s) if i in counts else None for i, s in enumerate(scores[:, column])]
+        values = [float(s) if i in counts else None for i, s in enumerate(shown[:, column])]
         rows.append(
             Row(
                 reading.probe,

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from monitor.coverage import Ledger
+from monitor.coverage import Ledger, Waits
 from monitor.policy.rule import Rule, Second, ends, worst
 from monitor.question import Missing, Question
-from monitor.track import AnswerTrack, AnyTrack, PromptTrack
+from monitor.track import CHANCE, AnswerTracks, AnyTrack, PromptTrack, drawn, shown
 from monitor.types import (
     Action,
     Caller,
+    Cause,
     Coverage,
     Escalation,
     FinishReason,
@@ -29,6 +31,7 @@ from monitor.types import (
     Prompt,
     Record,
     Scores,
+    Turn,
 )
 
 
@@ -44,9 +47,17 @@ class Watch:
 
     rules: one per probe and phase; a sequence holds its newest token back exactly when a rule is in block mode
     question: waits for the second judge's answer; until `resolve` nothing from its position on is released
+    clock: seconds, of how long tokens wait; chance: draws the samples of its readings
     """
 
-    def __init__(self, prompt: Prompt, rules: Sequence[Rule], second: Second | None = None) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        rules: Sequence[Rule],
+        second: Second | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        chance: Random = CHANCE,
+    ) -> None:
         self.prompt = prompt
         self.n_prompt = len(prompt.token_ids)
         self.holds = any(r.mode is Mode.BLOCK for r in rules)
@@ -60,11 +71,11 @@ class Watch:
         self.created = time.time()
         self._second = second or Second()
         self._prompt = [PromptTrack(r) for r in rules if r.phase is Phase.PROMPT]
-        self._response = [AnswerTrack(r, self.n_prompt) for r in rules if r.phase is Phase.RESPONSE]
-        self._tracks: list[AnyTrack] = [*self._prompt, *self._response]
-        self._steps = [(t.add, t.rule.column, t) for t in self._response]
-        self._width = 1 + max((r.column for r in rules), default=0)
+        self._answer = AnswerTracks([r for r in rules if r.phase is Phase.RESPONSE], self.n_prompt)
+        self._tracks: list[AnyTrack] = [*self._prompt, *self._answer.tracks]
+        self._width = max((r.column + r.n_columns for r in rules), default=1)
         self._ledger = Ledger(self.n_prompt, self._width)
+        self._waits, self._clock, self._chance = Waits(), clock, chance
         self._stop_at: int | None = None  # first response position that must not be released
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
         self._prompt_done = False
@@ -86,19 +97,22 @@ class Watch:
         """
         if self.finish is not None:
             return Judged(self.released, self.finish)
-        if len(rows) and rows.shape[1] >= self._width:
+        n_rows = len(rows)
+        if n_rows and rows.shape[1] >= self._width:
             self._take(first, rows)
-        elif len(rows):  # a probe of ours is no more in what the engine scores
-            self._gap(first + len(rows), "missing_probe")
+        elif n_rows:  # a probe of ours is no more in what the engine scores
+            self._gap(first + n_rows, "missing_probe")
         self.n_sampled += n_new
         if n_new or finish in ("stop", "length"):
             # Only the newest sampled token may lack a score: every token before it was fed to sample it. The last one
             # is never fed, and goes out under the verdict before it.
-            self._gap(self.n_prompt + max(0, self.n_sampled - 1), "missing_rows")
+            fed = self.n_prompt + (self.n_sampled - 1 if self.n_sampled else 0)
+            if fed > self._ledger.n_scored:
+                self._gap(fed, "missing_rows")
         self._ending = self._ending or finish
         if self.question is not None and self.n_sampled - self.released > self._second.max_held:
             self._resolve(None, "overflow")
-        return self._settle()
+        return self._settle(n_new)
 
     def replay(self, first: int, rows: Scores, n_answer: int) -> Judged:
         """`advance` for an answer of n_answer tokens that is given, as if each had been sampled when its turn came."""
@@ -118,7 +132,7 @@ class Watch:
         if self.finish is None:
             self.finish, self.question = finish, None
 
-    def _settle(self) -> Judged:
+    def _settle(self, n_new: int = 0) -> Judged:
         question, ending = self.question, self._ending
         if self._stop_at is not None:
             self._release(self._stop_at - self.n_prompt)
@@ -136,38 +150,48 @@ class Watch:
             held = self.n_sampled - self.released
             if held > self.max_held:
                 self.max_held = held
+        if self.holds:  # or else each goes out in the step that sampled it
+            self._waits.step(self._clock(), n_new, self.n_sampled - self.released)
         return Judged(self.released, self.finish)
 
     def _release(self, count: int) -> None:
-        if count > self.released:
-            self.released = count
+        self.released = count if count > self.released else self.released
 
     # --- rows in -----------------------------------------------------------------------------------------------------
 
     def _take(self, first: int, rows: Scores) -> None:
-        if first > self.n_scored:
+        ledger = self._ledger
+        if first > ledger.n_scored:
             self._gap(first, "gap")
-        first, rows = self._ledger.add(first, rows)
-        if len(rows) == 0:
-            return
-        # One row a step is the usual case, and a sum of Python floats the quickest look at it.
-        values = rows.tolist() if len(rows) == 1 else None
-        if not (np.isfinite(rows).all() if values is None else math.isfinite(sum(values[0]))):
-            self._take_broken(first, np.isfinite(rows))
+        first, rows = ledger.add(first, rows)
+        if len(rows) == 1 and self._prompt_done:
+            # One row a step is the usual case, and a sum of Python floats the quickest look at it.
+            (scores,) = rows.tolist()
+            if math.isfinite(sum(scores)):
+                self._judge_token(first, scores)
+                return
+        if len(rows):
+            self._take_all(first, rows)
+
+    def _take_all(self, first: int, rows: Scores) -> None:
+        finite = np.isfinite(rows)
+        if not finite.all():
+            self._take_broken(first, finite)
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()
-        if first >= self.n_prompt:
-            self._judge_answer(first, values or rows.tolist())
-        elif self.n_scored > self.n_prompt:
-            self._judge_answer(self.n_prompt, rows[self.n_prompt - first :].tolist())
+        answer = max(first, self.n_prompt)
+        for position, scores in enumerate(rows[answer - first :].tolist(), answer):
+            self._judge_token(position, scores)
+            if self._stop_at is not None:  # what comes after the row that ends the sequence is never released
+                return
 
     def _take_broken(self, first: int, finite: npt.NDArray[np.bool_]) -> None:
         self._ledger.miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
         for track in self._tracks:
-            bad = np.flatnonzero(~finite[:, track.rule.column]) + first
+            bad = np.flatnonzero(~track.has_all(finite)) + first
             self._break(track, bad.tolist())
 
-    def _gap(self, until: int, cause: str) -> None:
+    def _gap(self, until: int, cause: Cause) -> None:
         if until <= self.n_scored:
             return
         positions = self._ledger.gap(until, cause)
@@ -178,12 +202,10 @@ class Watch:
 
     def _break(self, track: AnyTrack, positions: list[int]) -> None:
         """A probe whose score is missing anywhere in its phase has no value there."""
-        is_prompt = track.rule.phase is Phase.PROMPT
-        mine = [p for p in positions if (p < self.n_prompt) is is_prompt]
+        mine = [p for p in positions if (p < self.n_prompt) is (track.rule.phase is Phase.PROMPT)]
         if not mine:
             return
-        track.broken = True
-        self._steps = [step for step in self._steps if step[2] is not track]
+        track.stop()
         track.action = worst([track.action, Action.UNMONITORED])
         self.verdict = worst([self.verdict, Action.UNMONITORED])
         if ends(track.rule, Action.UNMONITORED):
@@ -201,20 +223,16 @@ class Watch:
         rows = self._ledger.rows
         for track in self._prompt:
             if not track.broken:
-                track.judge(self.prompt, rows[: self.n_prompt, track.rule.column])
+                track.judge(self.prompt, rows[: self.n_prompt])
                 self._act(track, self.n_prompt)
         self._ask(self.n_prompt)
 
-    def _judge_answer(self, first: int, rows: list[list[float]]) -> None:
-        """Up to the row that ends the sequence: what comes after it is never released."""
-        for position, scores in enumerate(rows, first):
-            news = [track for add, column, track in self._steps if add(position, scores[column])]
-            if news:
-                for track in news:
-                    self._act(track, position)
-                self._ask(position)
-            if self._stop_at is not None:
-                return
+    def _judge_token(self, position: int, scores: list[float]) -> None:
+        news = self._answer.add(position, scores)
+        if news:
+            for track in news:
+                self._act(track, position)
+            self._ask(position)
 
     def _act(self, track: AnyTrack, position: int) -> None:
         self.verdict = worst([self.verdict, track.action])
@@ -231,12 +249,7 @@ class Watch:
         else:
             self.question.tracks[:] = asking
         if self._second.probes:
-            self._resolve(self._of_probes(self.question.phase), "failed")
-
-    def _of_probes(self, phase: Phase) -> float | None:
-        found = [t for t in self._tracks if t.rule.probe in self._second.probes and t.rule.phase is phase]
-        values = [t.value for t in found if not t.broken and math.isfinite(t.value)]
-        return max(values) if len(values) == len(self._second.probes) else None
+            self._resolve(self.question.answer_of(self._tracks, self._second.probes), "failed")
 
     def _resolve(self, second: float | None, missing: Missing) -> None:
         question, self.question = self.question, None
@@ -256,21 +269,25 @@ class Watch:
         """(n_scored, K) float32: every row so far, NaN where one was missing."""
         return self._ledger.rows
 
+    def shown(self, rows: Scores) -> Scores:
+        """(n, P): one score of each token for each probe, in the order of the rules. rows: (n, K) of their columns"""
+        return shown(self._tracks, rows)
+
     @property
     def coverage(self) -> Coverage:
         return self._ledger.coverage(self.n_sampled)
 
     def readings(self, phase: Phase | None = None) -> tuple[ProbeReading, ...]:
-        return tuple(t.reading() for t in self._tracks if phase is None or t.rule.phase is phase)
+        rows, answer = self._ledger.rows, Turn(self.n_prompt, self.n_prompt + self._answer.running.n)
+        at = {Phase.PROMPT: drawn(self.prompt.turns, self._chance), Phase.RESPONSE: drawn([answer], self._chance)}
+        return tuple(t.reading(rows, at[t.rule.phase]) for t in self._tracks if phase is None or t.rule.phase is phase)
 
     def record(self, request_id: str, index: int, model: str, caller: Caller, policy: str = "default") -> Record:
         """The finished sequence. Token scores are kept where some probe crossed its threshold or broke."""
         scores: dict[str, Sequence[float]] = {}
-        readings = self.readings()
-        rows = self._ledger.rows
+        readings, rows = self.readings(), self._ledger.rows
         if len(rows) and (self.escalations or self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
-            for track in self._tracks:
-                scores[track.rule.probe] = [round(v, 5) for v in rows[:, track.rule.column].tolist()]
+            scores = {t.rule.probe: [round(v, 5) for v in t.shown(rows).tolist()] for t in self._tracks}
         return Record(
             request_id=request_id,
             index=index,
@@ -289,4 +306,5 @@ class Watch:
             key=caller.key,
             policy=policy,
             escalations=tuple(self.escalations),
+            held_seconds=self._waits.longest,
         )

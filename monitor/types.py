@@ -13,6 +13,8 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float32]
 Format = Literal["chat", "raw"]
 FinishReason = Literal["stop", "length", "content_filter", "unmonitored", "aborted", "engine_error"]
+Cause = Literal["not_finite", "gap", "missing_rows", "missing_probe"]
+"""Why a token has no score: NaN or infinite; rows skipped; fewer rows than tokens; a probe that is scored no more."""
 
 
 class Phase(enum.StrEnum):
@@ -159,6 +161,8 @@ class ProbeReading:
     action: Action
     would_block: bool
     """A shadow or flag probe whose value is above its threshold."""
+    sample: float | None = None
+    """The score of one position of the phase that counts, drawn uniformly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +221,8 @@ class Record:
     """Name of the API key, "" without one."""
     policy: str = "default"
     escalations: tuple[Escalation, ...] = ()
+    held_seconds: float = 0.0
+    """The longest that a sampled token waited until it was released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,7 @@ class GenerationRequest:
 
 Deliver = Callable[[Delta], None]
 Trace = Callable[[int, Sequence[int], Scores], None]
-"""Told of every judged row of choice 0: the first position, the token ids there, (n, K) scores."""
+"""Told of every judged row of choice 0: the first position, the token ids there, (n, P) scores, one a probe."""
 
 
 class Scorer(Protocol):

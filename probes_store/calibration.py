@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DELTA = 0.05
@@ -17,12 +18,28 @@ DELTA = 0.05
 
 def binomial_cdf(j: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= j), 0 < p < 1."""
-    log_p, log_q = math.log(p), math.log1p(-p)
-    terms = (
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q
-        for i in range(j + 1)
-    )
-    return min(1.0, math.fsum(math.exp(t) for t in terms))
+    steps = np.arange(j)
+    # Each term out of the one before it, in logarithms: C(n, i + 1) / C(n, i) = (n - i) / (i + 1).
+    ratios = np.log((n - steps) / (steps + 1)) + (math.log(p) - math.log1p(-p))
+    terms = n * math.log1p(-p) + np.concatenate([[0.0], np.cumsum(ratios)])
+    return min(1.0, math.fsum(np.exp(terms)))
+
+
+def clopper_pearson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a rate: hits of n, n > 0."""
+    tail = (1 - confidence) / 2
+    return 1 - _upper(n - hits, n, tail), _upper(hits, n, tail)
+
+
+def _upper(hits: int, n: int, tail: float) -> float:
+    """The rate at which so few hits are as unlikely as `tail`."""
+    if hits == n:
+        return 1.0
+    low, high = hits / n, 1.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if binomial_cdf(hits, n, middle) > tail else (low, middle)
+    return high
 
 
 def allowed_exceedances(n: int, alpha: float, delta: float = DELTA, at_most: int | None = None) -> int | None:
@@ -60,6 +77,8 @@ class Calibration(BaseModel):
     tail: tuple[float, ...] = Field(min_length=1)
     source: str
     """What the benign requests were, in words."""
+    deciles: tuple[float, ...] = ()
+    """The inner tenths of the benign values, ascending: what live ones are compared with. Older cards have none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Calibration:
@@ -69,6 +88,8 @@ class Calibration(BaseModel):
             raise ValueError("tail is not in descending order")
         if len(self.tail) > self.n:
             raise ValueError("tail is longer than n")
+        if self.deciles and (len(self.deciles) != 9 or list(self.deciles) != sorted(self.deciles)):
+            raise ValueError("deciles must be nine values in ascending order")
         return self
 
     @classmethod
@@ -77,7 +98,8 @@ class Calibration(BaseModel):
         if not all(math.isfinite(v) for v in benign):
             raise ValueError("a benign value is not finite; leave requests without a value out, and say so")
         keep = max(1, math.ceil(max_alpha * len(benign)) + 1)
-        return cls(n=len(benign), tail=tuple(sorted(benign, reverse=True)[:keep]), source=source)
+        deciles = np.quantile(benign, np.arange(1, 10) / 10).tolist() if benign else ()
+        return cls(n=len(benign), tail=tuple(sorted(benign, reverse=True)[:keep]), source=source, deciles=deciles)
 
     def threshold(self, alpha: float, delta: float = DELTA) -> float:
         """Flag strictly above it: with confidence 1 - delta, at most `alpha` of requests like these are flagged.
@@ -101,8 +123,4 @@ class Calibration(BaseModel):
         above = sum(value > threshold for value in self.tail)
         if above == len(self.tail) and above < self.n:
             return None
-        low, high = above / self.n, 1.0
-        while high - low > 1e-6:
-            middle = (low + high) / 2
-            low, high = (middle, high) if binomial_cdf(above, self.n, middle) > delta else (low, middle)
-        return high
+        return _upper(above, self.n, delta)

@@ -43,7 +43,8 @@ class DataFile(_Part):
 
 
 class Canary(_Part):
-    """A conversation of one user turn, and the logits this probe must give at its counted positions."""
+    """A conversation of one user turn, and the logits this probe must give at its counted positions: of several
+    projections all those of a token, then the next token's."""
 
     text: str
     scores: tuple[float, ...] = Field(min_length=1)
@@ -90,6 +91,8 @@ class Card(_Part):
     model: ModelId
     layers: tuple[int, ...] = Field(min_length=1)
     d_model: int = Field(ge=1)
+    projections: int = Field(default=1, ge=1)
+    """Scores a token: rows of a layer's weight. Cards from before there could be several don't say."""
     template_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     position_rule: str
     aggregation: dict[Phase, Aggregation]
@@ -110,7 +113,13 @@ class Card(_Part):
         return sigmoid(value) if self.platt is None else self.platt.probability(value)
 
     @model_validator(mode="after")
-    def _both_phases(self) -> Card:
+    def _fits_together(self) -> Card:
         if set(self.aggregation) != {"prompt", "response"}:
             raise ValueError("aggregation must say how `prompt` and `response` are aggregated")
+        for how in self.aggregation.values():
+            how.check(self.projections)
+        if len({how.first_value(self.projections) for how in self.aggregation.values()}) > 1:
+            raise ValueError("the aggregations of `prompt` and `response` take different projections for values")
+        if any(len(canary.scores) % self.projections for canary in self.canaries):
+            raise ValueError(f"a canary must have {self.projections} scores for each token")
         return self

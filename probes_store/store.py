@@ -34,11 +34,14 @@ _VERSION = re.compile(r"^v[0-9]{1,6}$")
 
 @dataclass(frozen=True, slots=True)
 class StoredProbe:
-    """A verified probe. weight: per layer (d_model,) float32, finite; shipped: it lies in the wheel's store"""
+    """A verified probe. weight: per layer (d_model,) float32, finite, or (k, d_model) of k projections, and k biases
+
+    shipped: it lies in the wheel's store
+    """
 
     card: Card
     weight: Mapping[int, Tensor]
-    bias: float
+    bias: float | tuple[float, ...]
     shipped: bool
     path: Path
 
@@ -77,7 +80,7 @@ class Store:
 
     def live(self, model: str) -> dict[str, str]:
         """Probe -> the version to serve: what live.json says, else the newest."""
-        chosen = self._read_live()
+        chosen = self.choices()
         result = {}
         for probe in self.probes(model):
             versions = self.versions(model, probe)
@@ -90,7 +93,8 @@ class Store:
             result[probe] = version
         return result
 
-    def _read_live(self) -> dict[str, str]:
+    def choices(self) -> dict[str, str]:
+        """What live.json says, empty without one. raises: ConfigInvalid if it is damaged"""
         path = self.overlay / "live.json" if self.overlay is not None else None
         if path is None or not path.exists():
             return {}
@@ -115,7 +119,7 @@ class Store:
             raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
         return stored
 
-    def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float) -> Path:
+    def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...]) -> Path:
         """Write a probe under the next free version of the overlay, whole or not at all; returns its folder.
 
         card.version and card.sha256 are set here. raises: ConfigInvalid without an overlay
@@ -125,8 +129,10 @@ class Store:
         model = model_slug(card.model.name)
         taken = self.versions(model, card.name)
         version = f"v{1 + max((int(v[1:]) for v in taken), default=0)}"
-        tensors = {f"weight.{layer}": vector.float().reshape(1, -1) for layer, vector in weight.items()}
-        data = save_tensors(tensors | {"bias": torch.tensor([bias])}, {"schema": "midstream-probe/1"})
+        tensors = {f"weight.{layer}": w.float().reshape(-1, w.shape[-1]).contiguous() for layer, w in weight.items()}
+        data = save_tensors(
+            tensors | {"bias": torch.tensor(bias, dtype=torch.float32).reshape(-1)}, {"schema": "midstream-probe/1"}
+        )
         card = card.model_copy(update={"version": version, "sha256": hashlib.sha256(data).hexdigest()})
         folder = self.overlay / model / card.name / version
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,15 +170,18 @@ def read_folder(folder: Path, shipped: bool) -> StoredProbe:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]  # torch appends a trace of its own
         raise ProbeInvalid(f"{folder / 'probe.safetensors'} is not a safetensors file: {reason}") from error
-    wanted = {f"weight.{layer}": (1, card.d_model) for layer in card.layers} | {"bias": (1,)}
+    k = card.projections
+    wanted = {f"weight.{layer}": (k, card.d_model) for layer in card.layers} | {"bias": (k,)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     if shapes != wanted:
         raise ProbeInvalid(f"{folder / 'probe.safetensors'} holds {shapes}, its card wants {wanted}")
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise ProbeInvalid(f"{folder / 'probe.safetensors'}: {name} is not finite float32; train it again")
-    weight = {layer: tensors[f"weight.{layer}"][0] for layer in card.layers}
-    return StoredProbe(card, weight, float(tensors["bias"][0]), shipped, folder)
+    weight, bias = {layer: tensors[f"weight.{layer}"] for layer in card.layers}, tuple(tensors["bias"].tolist())
+    if k == 1:
+        return StoredProbe(card, {layer: w[0] for layer, w in weight.items()}, bias[0], shipped, folder)
+    return StoredProbe(card, weight, bias, shipped, folder)
 
 
 def _read(path: Path) -> bytes:

@@ -141,7 +141,7 @@ def make_card(model: LoadedModel, probe: ProbeWeights, **changes: Any) -> Card:
     text = "a canary"
     prompt = model.template.encode([{"role": "user", "content": text}])
     ((_, streams),) = residual_streams(model, [prompt], sorted(probe.weight))
-    scores = score_streams(ProbeBank([probe], model.d_model), streams)[counted(prompt), 0]
+    scores = score_streams(ProbeBank([probe], model.d_model), streams)[counted(prompt)].ravel()
     fields: dict[str, Any] = {
         "name": probe.name,
         "version": "v1",

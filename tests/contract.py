@@ -571,10 +571,10 @@ class Housekeeping:
 
         def counts() -> tuple[float, ...]:
             return (
-                count("requests_total", route="chat", action="allow"),
-                count("requests_total", route="chat", action="block"),
-                count("blocks_total", probe="star", phase="prompt"),
-                count("blocks_total", probe="star", phase="response"),
+                count("requests_total", model="", policy="default", action="allow"),
+                count("requests_total", model="", policy="default", action="block"),
+                count("blocks_total", model="", probe="star", phase="prompt"),
+                count("blocks_total", model="", probe="star", phase="response"),
                 count("final_unscored_tokens_total"),
             )
 

@@ -1,4 +1,4 @@
-"""Aggregation: every kind equals its plain definition, whole or token by token."""
+"""Aggregation of one score a token: every kind equals its plain definition, whole or token by token."""
 
 import math
 
@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitor.aggregate import KINDS, Aggregation, aggregate, fold
+from monitor.aggregate import PLAIN_KINDS, Aggregation, Running, aggregate
 
 SCORES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40)
-HOW = st.builds(Aggregation, st.sampled_from(KINDS), st.floats(0.01, 1), st.integers(1, 20))
+HOW = st.builds(Aggregation, st.sampled_from(PLAIN_KINDS), st.floats(0.01, 1), st.integers(1, 20))
 NEAR = {"rel": 1e-6, "abs": 1e-6}
 
 
@@ -65,32 +65,75 @@ def test_window_forgets_what_left_it():
     assert aggregate(how, [-1e30, 5.0, 5.0, 5.0, 5.0]) == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_no_score_is_not_a_value(kind):
     assert math.isnan(aggregate(Aggregation(kind), []))
 
 
+def so_far(how, scores):
+    """The running value after these scores, without anything incremental."""
+    return {
+        "last": scores[-1],
+        "max": scores[-1],  # whose maximum is taken outside
+        "mean": mean(scores),
+        "ema": weighted_mean(scores, how.alpha),
+        "window_mean_max": mean(scores[-how.window :]),
+    }[how.kind]
+
+
 @settings(deadline=None)
-@given(HOW, SCORES)
-def test_running_values_equal_their_definition(how, scores):
-    step = fold(how)
-    for i, score in enumerate(scores):
-        so_far = scores[: i + 1]
-        expected = {
-            "last": score,
-            "max": score,  # whose maximum the caller takes
-            "mean": mean(so_far),
-            "ema": weighted_mean(so_far, how.alpha),
-            "window_mean_max": mean(so_far[-how.window :]),
-        }[how.kind]
-        assert step(score) == pytest.approx(expected, **NEAR)
+@given(st.data(), st.lists(HOW, min_size=1, max_size=5))
+def test_running_values_equal_their_definition_for_each_probe(data, hows):
+    columns = data.draw(st.permutations(range(len(hows) + 1)))[: len(hows)]
+    row = st.lists(st.floats(-1e4, 1e4, width=32), min_size=len(hows) + 1, max_size=len(hows) + 1)
+    rows = data.draw(st.lists(row, min_size=1, max_size=40))
+    running = Running([(how, column, 1) for how, column in zip(hows, columns, strict=True)])
+    limits = running.limits[:] = data.draw(st.lists(st.floats(-10, 10), min_size=len(hows), max_size=len(hows)))
+    highest = [-math.inf] * len(hows)
+    for n, scores in enumerate(rows, 1):
+        above = running.add(scores)
+        assert running.n == n
+        for i, (how, column) in enumerate(zip(hows, columns, strict=True)):
+            value = running.values[i]
+            assert value == pytest.approx(so_far(how, [r[column] for r in rows[:n]]), **NEAR)
+            highest[i] = max(highest[i], value)
+            assert (i in above) is (value > limits[i])
+        assert running.highest == highest and len(set(above)) == len(above)
 
 
-def test_two_folds_share_nothing():
+@pytest.mark.parametrize("kind", ["last", "max"])
+def test_a_huge_score_leaves_nothing_behind_where_only_the_newest_counts(kind):
+    running = Running([(Aggregation(kind), 0, 1)])
+    for score in (-1e30, 3e38, 0.1):
+        running.add([score])
+        assert running.values == [score], "exactly: thresholds are crossed strictly above"
+
+
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
+def test_a_dropped_probe_keeps_what_it_had_and_the_others_go_on(kind):
+    running = Running([(Aggregation(kind), 0, 1), (Aggregation(kind), 1, 1)])
+    running.add([1.0, 1.0])
+    running.limits[:] = [0.0, 0.0]
+    running.drop(0)
+    assert running.add([math.nan, 3.0]) == [1]
+    assert (running.values[0], running.highest[0], running.n) == (1.0, 1.0, 2)
+    assert running.highest[1] > 1.0
+
+
+def test_two_answers_share_nothing():
     how = Aggregation("window_mean_max", window=3)
-    first, second = fold(how), fold(how)
-    first(100.0)
-    assert second(1.0) == 1.0
+    first, second = Running([(how, 0, 1)]), Running([(how, 0, 1)])
+    first.add([100.0])
+    second.add([1.0])
+    assert second.values == [1.0]
+
+
+def test_the_average_of_a_turn_is_the_highest_of_its_tokens():
+    how, scores = Aggregation("ema", alpha=0.3), [0.5, 4.0, -2.0, 4.5, 0.0]
+    running = Running([(how, 0, 1)])
+    for score in scores:
+        running.add([score])
+    assert aggregate(how, scores) == running.highest[0], "a probe is calibrated on what is served"
 
 
 @pytest.mark.parametrize(

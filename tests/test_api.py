@@ -49,7 +49,7 @@ def test_models_health_ready_metrics(server):
     assert httpx.get(server.url + "/health").json() == {"status": "up"}
     assert httpx.get(server.url + "/ready").json()["status"] == "ready"
     text = httpx.get(server.url + "/metrics").text
-    assert 'midstream_blocks_total{phase="prompt",probe="random"} 0.0' in text or "midstream_ready 1.0" in text
+    assert "midstream_ready 1.0" in text
 
 
 def test_chat_streaming_and_not_say_the_same(server):
@@ -171,7 +171,7 @@ def test_a_blocked_prompt_is_a_400_before_any_token(hair_trigger, stream):
     record = hair_trigger.sink.wait(1)[0]
     assert (record.verdict, record.released_tokens, record.finish) == ("block", 0, "content_filter")
     assert caught.value.response.headers["x-midstream-request-id"] == record.request_id
-    assert hair_trigger.metric("midstream_blocks_total", probe="trigger", phase="prompt") == 1
+    assert hair_trigger.metric("midstream_blocks_total", model="", probe="trigger", phase="prompt") == 1
 
 
 def test_of_a_list_of_prompts_the_400_names_the_index(tiny, serve):

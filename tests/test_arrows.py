@@ -7,15 +7,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("monitor", "training", "probes_store")
 
 WORDS = {"monitor.types", "monitor.errors"}
-PURE = {"monitor.types", "monitor.errors", "monitor.aggregate", "monitor.probe", "monitor.template", "monitor.tap"}
+PURE = WORDS | {"monitor.aggregate", "monitor.heads", "monitor.probe", "monitor.template", "monitor.tap"}
 # Who may import whom, by longest prefix. types <- {probe, aggregate, policy, ...} <- watch <- engines and api <- cli.
 MAY = {
     "monitor": set(),
     "monitor.types": set(),
     "monitor.errors": set(),
-    "monitor.aggregate": set(),
+    "monitor.heads": set(),
+    "monitor.aggregate": {"monitor.heads"},
     "monitor.config": WORDS,
     "monitor.keys": WORDS,
+    "monitor.logs": {"monitor.config"},
     "monitor.probe": WORDS,
     "monitor.template": WORDS,
     "monitor.tap": WORDS | {"monitor.probe"},
@@ -35,10 +37,10 @@ MAY = {
         "monitor.track",
         "monitor.question",
     },
-    "monitor.metrics": {"monitor.types", "monitor.policy.rule"},
+    "monitor.metrics": WORDS | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration"},
     "monitor.offenders": {"monitor.types"},
     "monitor.audit": WORDS,
-    "monitor.traffic": WORDS,
+    "monitor.traffic": WORDS | {"monitor.traffic"},
     "monitor.notice": {"monitor.types"},
     "monitor.live": {
         "monitor.types",
@@ -66,12 +68,15 @@ MAY = {
         "monitor.config",
         "monitor.keys",
         "monitor.live",
+        "monitor.logs",
         "monitor.metrics",
         "monitor.notice",
         "monitor.offenders",
         "monitor.policy",
         "monitor.traffic",
         "monitor.engines",
+        "monitor.observer",
+        "monitor.upstream",
         "monitor.api",
         "probes_store",
     },
@@ -88,6 +93,37 @@ MAY = {
     },
     "monitor.cli": {"monitor", "training", "probes_store"},
     "monitor.cli_keys": WORDS | {"monitor.config", "monitor.keys"},
+    "monitor.cli_probe": WORDS | {"monitor.config", "probes_store"},
+    "monitor.cli_lint": WORDS | {"training"},
+    "monitor.cli_lens": WORDS
+    | {
+        "monitor.config",
+        "monitor.engines.embedded",
+        "monitor.live",
+        "monitor.sequence",
+        "probes_store",
+        "training",
+    },
+    "monitor.observer": PURE
+    | {"monitor.config", "monitor.live", "monitor.engines", "monitor.observer", "probes_store"},
+    "monitor.upstream": PURE
+    | {
+        "monitor.policy",
+        "monitor.question",
+        "monitor.sequence",
+        "monitor.live",
+        "monitor.observer",
+        "monitor.upstream",
+    },
+    "monitor.cli_observer": {"monitor.config", "monitor.observer"},
+    "monitor.cli_train": {"monitor.config", "training"},
+    "monitor.cli_gate": {"monitor.config", "training"},
+    "monitor.cli_evaluate": {"monitor.config", "training"},
+    "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
+    "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines.embedded", "training"},
+    "monitor.cli_review": WORDS | {"monitor.config", "monitor.traffic"},
+    "monitor.cli_top": WORDS | {"monitor.top"},
+    "monitor.top": WORDS | {"monitor.top"},
     "monitor.cli_policy": WORDS | {"monitor.config", "monitor.policy", "probes_store"},
     "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
     "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},

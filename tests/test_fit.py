@@ -242,6 +242,11 @@ def test_unique_ignores_case_and_space():
     assert unique([first, Row("how are you ", 1, "s", "g2"), *rows(1)]) == [first, *rows(1)]
 
 
+def test_two_answers_to_one_question_are_two_rows():
+    asked, one, other = (Row("Why?", 0, "s", "g", answer=a) for a in ("", "Because.", "So."))
+    assert unique([asked, one, Row("why?", 1, "s", "g", answer=" because. "), other]) == [asked, one, other]
+
+
 def test_balanced_keys():
     three, one = rows(3), [Row("b", 1, "s", "g", 2.0, "k")]
     assert [r.weight for r in data.balanced(three + one)] == [1 / 3] * 3 + [2.0]
@@ -273,12 +278,47 @@ def recipe(tmp_path):
 
 def test_a_recipe_is_read(recipe):
     got = recipe("{layer: 3, solver: adam, prompt: {kind: max}, sources: [{file: a.jsonl, label: 1, limit: 5}]}")
-    assert (got.layer, got.solver, got.prompt, got.response) == (3, "adam", Aggregation("max"), Aggregation("ema"))
+    assert (got.layers, got.solver, got.prompt, got.response) == ((3,), "adam", Aggregation("max"), Aggregation("ema"))
     assert (got.sources[0].label, got.sources[0].limit, got.sources[0].calibrate) == (1, 5, 0.25)
 
 
-def test_the_shipped_recipe_is_sound():
-    got = read_recipe(PAIRS.parent / "recipes/harmful-intent.yaml")
+def test_labels_of_answers(jsonl, tmp_path):
+    """Where labels are about answers, the recipe says so; elsewhere an answer is left alone."""
+    jsonl(*({"text": f"t {i}", "label": i % 2, "response": f"a {i}"} for i in range(40)))
+    answers = Recipe.model_validate({"sources": [{"file": "rows.jsonl", "answers": True}]})
+    parts, _ = gather(answers, tmp_path)
+    assert {r.answer for part in parts.values() for r in part} == {f"a {i}" for i in range(40)}
+    plain, _ = gather(Recipe.model_validate({"sources": [{"file": "rows.jsonl"}]}), tmp_path)
+    assert {r.answer for part in plain.values() for r in part} == {""}
+    jsonl({"text": "t", "label": 0, "response": "a"}, {"text": "no answer", "label": 1})
+    with pytest.raises(ConfigInvalid, match=r"rows\.jsonl: no `response` beside 'no answer'"):
+        gather(answers, tmp_path)
+    with pytest.raises(ConfigInvalid, match="`response` must be a string"):
+        read_jsonl(jsonl({"text": "t", "label": 0, "response": 3}))
+
+
+@pytest.mark.parametrize(("concept", "changed"), [("caps", "T 3"), ("html", "<p>t 3</p>")])
+def test_a_source_made_by_rule(jsonl, tmp_path, concept, changed):
+    """Each text with the concept and without it, together in one part, whatever its own label."""
+    jsonl(*({"text": f"t {i}", "label": i % 2} for i in range(40)), {"text": "12 + 30 = 42", "label": 0})
+    source = {"file": "rows.jsonl", "made": concept, "limit": 40, "calibrate": 0.3, "test": 0.2}
+    parts, _ = gather(Recipe.model_validate({"sources": [source]}), tmp_path)
+    fit = {r.text: r.label for r in parts["fit"]}
+    assert set(fit.values()) == {0, 1} and len(parts["fit"]) % 2 == 0
+    assert all(r.label == 0 for r in parts["calibrate"])
+    everything = {r.text: r.label for part in parts.values() for r in part}
+    if concept == "caps":
+        assert "12 + 30 = 42" not in everything, "capitals don't change it"
+        assert everything.get("T 3", 1) == 1 and everything.get("t 3", 0) == 0
+        assert {t.lower() for t, label in fit.items() if label} == {t for t, label in fit.items() if not label}
+    else:
+        assert all("<" in t for t, label in everything.items() if label)
+    assert changed.lower().strip("<p/>") in {t.lower().strip("<p/>") for t in everything}
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (PAIRS.parent / "recipes").glob("*.yaml")))
+def test_the_shipped_recipes_are_sound(name):
+    got = read_recipe(PAIRS.parent / "recipes" / name)
     assert {str(s.file) for s in got.sources}.isdisjoint(map(str, got.evaluate))
 
 

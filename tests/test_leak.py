@@ -115,7 +115,7 @@ def test_without_the_monitor_the_trigger_would_be_there(quiet, star_probe, serve
     assert texts[0].startswith("aaaaa*")
     reading = server.sink.of(request_id)[0].readings[1]
     assert reading.would_block and reading.action == "allow"
-    assert server.metric("midstream_would_block_total", probe="star", phase="response") == 1
+    assert server.metric("midstream_would_block_total", model="", probe="star", phase="response") == 1
 
 
 def test_a_trigger_as_the_very_last_token_is_final_unscored_and_score_last_catches_it(quiet, star_probe, serve):

@@ -3,10 +3,10 @@
 import threading
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
+from monitor.metrics import Metrics
 from monitor.offenders import Offenders
 from monitor.types import Action
 
@@ -27,15 +27,15 @@ class Watched:
     """Offenders with their clock, their notices and their metric."""
 
     def __init__(self, **settings):
-        self.clock, self.told, self.registry, self._n = Clock(), [], CollectorRegistry(), 0
-        self.them = Offenders(self.registry, self.told.append, clock=self.clock, **settings)
+        self.clock, self.told, self.metrics, self._n = Clock(), [], Metrics(), 0
+        self.them = Offenders(self.metrics.key_events, self.told.append, clock=self.clock, **settings)
 
     def offend(self, key="alice", verdict=Action.BLOCK, request_id=None, **changes):
         self._n += 1
         self.them.note(record(request_id or f"r{self._n}", verdict=verdict, key=key, **changes))
 
     def metric(self, key, action):
-        return self.registry.get_sample_value("midstream_key_events_total", {"key": key, "action": action})
+        return self.metrics.registry.get_sample_value("midstream_key_events_total", {"key": key, "action": action})
 
 
 def row(key, flags, blocks, refused_for_s=0.0):
@@ -170,7 +170,7 @@ def test_only_listed_keys_are_labels():
     for i in range(500):
         w.offend(f"key{i}")
     w.offend("alice", Action.FLAG)
-    samples = [s for f in w.registry.collect() for s in f.samples if s.name.endswith("_total")]
+    samples = [s for f in w.metrics.registry.collect() for s in f.samples if s.name == "midstream_key_events_total"]
     assert (w.metric("alice", "flag"), w.metric("other", "block"), len(samples)) == (1, 500, 4)
 
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 import uvicorn
 
+from monitor.api import hangup
 from monitor.api.app import create_app
 from monitor.api.edge import Edge
+from monitor.api.hangup import reload_all, reload_at_hangup, remember_hangups
 from monitor.api.openai import Service
 from monitor.api.peers import PerMinute, peer_name
-from monitor.api.second_port import check_admin_key, reload_all, reload_at_hangup
+from monitor.api.second_port import check_admin_key
 from monitor.api.serve import Server, Sinks, admin_door, announce, embedded
 from monitor.config import load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
@@ -77,6 +79,31 @@ def test_it_stops_with_the_server_and_cuts_what_still_runs(tmp_path):
         one.open("GET", "/admin/status")
 
 
+@pytest.fixture
+def hangups():
+    """What becomes of SIGHUP in a test is over with it."""
+    yield
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    hangup._early.clear()
+
+
+@pytest.mark.usefixtures("hangups")
+def test_a_sighup_that_comes_too_early_is_made_good_for(port):
+    said = []
+
+    async def serve():
+        with reload_at_hangup(port.operations, said.append):
+            while len(said) < 2:
+                await asyncio.sleep(0.01)
+
+    remember_hangups()
+    os.kill(os.getpid(), signal.SIGHUP)
+    asyncio.run(asyncio.wait_for(serve(), 20))
+    assert said == ["SIGHUP: policy: strict", "SIGHUP: keys: 1 keys"]
+    assert port.calls == ["policy reload", "keys reload"]
+
+
+@pytest.mark.usefixtures("hangups")
 def test_sighup_reloads_and_is_on_record(port):
     said, done = [], threading.Event()
 
@@ -91,7 +118,7 @@ def test_sighup_reloads_and_is_on_record(port):
             assert await asyncio.to_thread(done.wait, 20)
 
     asyncio.run(hangup())
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    os.kill(os.getpid(), signal.SIGHUP)  # while the server stops: this process lives on
     assert said == ["SIGHUP: policy: strict", "SIGHUP: keys: 1 keys"]
     assert port.calls == ["policy reload", "keys reload"]
     assert [(r["actor"], r["method"], r["path"], r["result"]) for r in port.rows()] == [
@@ -179,7 +206,7 @@ class Both:
             stack.callback(sinks.close)
             engine = EmbeddedEngine(model, live, self.settings, sinks)
             stack.callback(engine.stop, 0.0)
-            announce(metrics, live, lambda: 0.0, sinks)
+            announce(model.name, live, lambda: 0.0, sinks)
             service = Service(engine, model.template, self.settings, frozenset({model.name}), 300)
             app = create_app(service, metrics, engine.readiness, edge)
             config = uvicorn.Config(app, timeout_graceful_shutdown=5, **edge.server_options())

@@ -455,6 +455,66 @@ def test_publish_takes_the_next_free_version_and_changes_no_other(store, folder)
     assert (probe.card.version, probe.bias, probe.weight[LAYER].tolist()) == ("v2", 1.5, [0.5] * D)
 
 
+# --- several projections ----------------------------------------------------------------------------------------------
+
+
+def heads_card(k=4, kind="attention", **changes):
+    both = {"prompt": Aggregation(kind), "response": Aggregation(kind)}
+    fields = {"projections": k, "aggregation": both, "canaries": (Canary(text="a canary", scores=(0.5,) * 2 * k),)}
+    return make_card(**(fields | changes))
+
+
+def test_several_projections_are_stored_and_read_as_they_are(store):
+    weight, bias = {LAYER: torch.arange(4.0 * D).reshape(4, D)}, (0.0, 1.0, -2.0, 0.5)
+    probe = read_folder(store.publish(heads_card(), weight, bias), shipped=False)
+    assert (probe.card.projections, probe.bias) == (4, bias)
+    assert torch.equal(probe.weight[LAYER], weight[LAYER])
+
+
+def test_an_old_card_has_one_projection(folder):
+    card = json.loads((folder / "card.json").read_text())
+    assert card.pop("projections") == 1
+    (folder / "card.json").write_text(json.dumps(card))
+    assert sound(read_folder(folder, shipped=False)).card.projections == 1
+
+
+@pytest.mark.parametrize("k", [2, 4, 6])
+def test_another_number_of_projections_than_the_card_says_is_refused(store, k):
+    folder = store.publish(heads_card(k), {LAYER: torch.ones(k, D)}, (0.0,) * k)
+    rewrite(folder, projections=k + 2, canaries=[{"text": "x", "scores": [0.0] * (k + 2)}])
+    with pytest.raises(ProbeInvalid, match="its card wants"):
+        read_folder(folder, shipped=False)
+    with pytest.raises(ProbeInvalid, match="its card wants"):
+        store.publish(heads_card(k), {LAYER: torch.ones(k, D)}, (0.0,) * (k - 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"k": 3}, "'attention' can't be had from 3 projections"),
+        ({"k": 3, "kind": "mean_last"}, "'mean_last' can't be had from 3 projections"),
+        ({"kind": "ema"}, "'ema' can't be had from 4 projections"),
+        ({"canaries": (Canary(text="x", scores=(0.0,) * 6),)}, "4 scores for each token"),
+        (
+            {"aggregation": {"prompt": Aggregation("attention"), "response": Aggregation("multimax")}},
+            "different projections for values",
+        ),
+    ],
+)
+def test_a_card_whose_aggregation_does_not_fit_its_projections_is_refused(changes, named):
+    with pytest.raises(ValidationError, match=named):
+        heads_card(**changes)
+
+
+def test_rules_know_the_columns_of_their_probes(store):
+    for name, k in (("a", 1), ("b", 4), ("c", 1), ("d", 2)):
+        card = heads_card(k, name=name) if k > 1 else make_card(name=name)
+        store.publish(card, {LAYER: torch.ones(k, D)}, (0.0,) * k)
+    live = load_live(served(), store, load_settings(store=store.overlay))
+    columns = {r.probe: range(8)[r.columns] for r in live.rules["chat"]}
+    assert columns == {"a": 0, "b": range(1, 5), "c": 5, "d": range(6, 8)} and len(live.bank) == 8
+
+
 def test_versions_count_as_numbers_and_nothing_else_is_one(store, folder):
     for name in ("v10", "v9", "v1x", "v", "w3", ".new-abc", "v1234567"):
         (folder.parent / name).mkdir()

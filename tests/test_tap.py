@@ -106,6 +106,46 @@ def test_bias_counts_once(bank):
     assert stacked.combine(torch.zeros(3, 1, 2)).tolist() == [[0.5, -1.0]]
 
 
+def test_projections_of_a_probe_lie_next_to_each_other(tiny):
+    """A bank of probes with 1, 3 and 2 projections is, column by column, one of six probes with one."""
+    torch.manual_seed(4)
+    heads = {0: torch.randn(3, 64), 2: torch.randn(3, 64)}
+    probes = [
+        ProbeWeights("one", {1: torch.randn(64)}, 0.5),
+        ProbeWeights("three", heads, (1.0, -2.0, 0.25)),
+        ProbeWeights("two", {1: torch.randn(2, 64)}, (0.0, 3.0)),
+    ]
+    bank = ProbeBank(probes, 64)
+    assert [p.k for p in probes] == [1, 3, 2] and len(bank) == 6
+    assert bank.names == ("one", "three.0", "three.1", "three.2", "two.0", "two.1")
+    assert [range(6)[c] for c in bank.columns] == [range(1), range(1, 4), range(4, 6)]
+    alone = ProbeBank(
+        [
+            ProbeWeights("", {k: w.reshape(-1, 64)[i] for k, w in p.weight.items()}, p.biases[i])
+            for p in probes
+            for i in range(p.k)
+        ],
+        64,
+    )
+    for index, streams in residual_streams(tiny, prompts_of(tiny, 2), bank.layers):
+        got, expected = score_streams(bank, streams), score_streams(alone, streams)
+        assert got.shape[1] == 6 and np.array_equal(got, expected), index
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [
+        (torch.ones(3, 64), (0.0, 0.0)),
+        (torch.ones(3, 64), 0.0),
+        (torch.ones(64), (0.0, 0.0)),
+        (torch.ones(2, 63), (0.0, 0.0)),
+    ],
+)
+def test_another_number_of_projections_than_biases_is_refused(weight, bias):
+    with pytest.raises(ProbeMismatch, match=f"for {len(bias) if isinstance(bias, tuple) else 1} projections"):
+        ProbeBank([ProbeWeights("x", {0: weight}, bias)], 64)
+
+
 def test_the_op_adds_the_residual_in_float32():
     hidden, residual = (
         torch.full((2, 4), 60000.0, dtype=torch.float16),

@@ -17,13 +17,21 @@ from probes_store.card import DataFile
 PAIRS = Path(__file__).parent / "pairs.jsonl"
 """Our own contrast pairs: harmful and harmless requests alike in form. Ships with the package."""
 
+EVALUATE_ONLY = frozenset(
+    ("jailbreakbench", "xstest", "strongreject", "mitre_frr", "tense_reformulations", "resp_xstest")
+)
+"""Public sets, by the names of their files. Never trained on, nor used to choose a layer, a threshold or a mix: only so
+is a figure on them worth something."""
 MAX_ROW_BYTES = 1 << 20
 Part = Literal["fit", "calibrate", "test"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """label: 1 harmful, 0 harmless; group: rows that must stay together; weight: in the fit"""
+    """label: 1 harmful, 0 harmless; group: rows that must stay together; weight: in the fit
+
+    answer: the label is about this answer to `text`; "": about `text` itself
+    """
 
     text: str
     label: int
@@ -32,35 +40,53 @@ class Row:
     weight: float = 1.0
     key: str = ""
     """Rows of one key and label weigh the same together as those of any other, under a recipe that balances."""
+    answer: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Spelling of case and space does not make another row."""
+        return same_text(self.text) if not self.answer else f"{same_text(self.text)}\0{same_text(self.answer)}"
 
 
 def read_jsonl(path: Path) -> tuple[list[Row], DataFile]:
-    """One JSON object a line: `text` (string), `label` (0 or 1), optional `source`, `group`.
+    """One JSON object a line: `text` (string), `label` (0 or 1), optional `source`, `group`, `response`.
 
     raises: ConfigInvalid, naming file, line and what is wanted
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigInvalid(f"data file {str(path)!r} can't be read: {error.strerror}") from error
+    data = read_bytes(path)
     rows = []
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
-            rows.append(_row(line, f"{path}, line {number}", path.stem))
+            where = f"{path}, line {number}"
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigInvalid(f"{where}: not JSON ({error})") from error
+            rows.append(row_of(item, where, path.stem, len(line)))
     if not rows:
         raise ConfigInvalid(f"data file {str(path)!r} is empty; one JSON object a line is wanted")
-    digest = hashlib.sha256(data).hexdigest()
-    return rows, DataFile(file=path.name, sha256=digest, rows=len(rows), positive=sum(r.label for r in rows))
+    return rows, describe(path.name, data, rows)
 
 
-def _row(line: bytes, where: str, stem: str) -> Row:
+def read_bytes(path: Path) -> bytes:
+    """raises: ConfigInvalid, naming the file"""
     try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigInvalid(f"{where}: not JSON ({error})") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigInvalid(f"data file {str(path)!r} can't be read: {error.strerror}") from error
+
+
+def describe(file: str, data: bytes, rows: Sequence[Row]) -> DataFile:
+    """What a card says of a file."""
+    digest = hashlib.sha256(data).hexdigest()
+    return DataFile(file=file, sha256=digest, rows=len(rows), positive=sum(r.label for r in rows))
+
+
+def row_of(item: object, where: str, stem: str, size: int = 0) -> Row:
+    """A decoded row, checked. where: for the message; size: bytes of the row as it was written"""
     text = item.get("text") if isinstance(item, dict) else None
-    if not isinstance(text, str) or not text.strip() or len(line) > MAX_ROW_BYTES:
-        raise ConfigInvalid(f"{where}: `text` must be a non-empty string (below 1 MiB a line)")
+    if not isinstance(item, dict) or not isinstance(text, str) or not text.strip() or size > MAX_ROW_BYTES:
+        raise ConfigInvalid(f"{where}: `text` must be a non-empty string (below 1 MiB a row)")
     if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
         raise ConfigInvalid(f"{where}: `text` holds half a surrogate pair; write it as UTF-8")
     label = item.get("label")
@@ -68,14 +94,17 @@ def _row(line: bytes, where: str, stem: str) -> Row:
         raise ConfigInvalid(f"{where}: `label` is {label!r}; write 1 for harmful, 0 for harmless")
     source = str(item.get("source") or stem)
     group = f"{stem}:{item['group']}" if item.get("group") not in (None, "") else text_hash(text)
-    return Row(text, int(label), source, group)
+    answer = item.get("response") or ""
+    if not isinstance(answer, str):
+        raise ConfigInvalid(f"{where}: `response` must be a string")
+    return Row(text, int(label), source, group, answer=answer)
 
 
 def unique(rows: Iterable[Row]) -> list[Row]:
-    """The first row of each text; spelling of case and space does not make a new one."""
+    """The first row of each text, or text and answer."""
     seen: dict[str, Row] = {}
     for row in rows:
-        seen.setdefault(same_text(row.text), row)
+        seen.setdefault(row.identity, row)
     return list(seen.values())
 
 

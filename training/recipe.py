@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from monitor.aggregate import Aggregation
 from monitor.errors import ConfigInvalid
+from monitor.types import Phase
 from probes_store.card import DataFile
-from training.data import PAIRS, Part, Row, balanced, read_jsonl, same_text, sample, split, text_hash, unique
+from training.data import EVALUATE_ONLY, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.load import read_rows, stem
+from training.pairs_made import Made, made
+
+
+def _text(file: object) -> object:
+    return str(file) if isinstance(file, Path) else file
+
+
+File = Annotated[str, BeforeValidator(_text)]
+"""A path, or an address on a hub, which a Path would spoil."""
 
 
 class _Part(BaseModel):
@@ -20,15 +32,20 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """file: JSONL, or `pairs` for our own; label: only rows of that label; limit: rows taken; weight: of each row
+    """file: as training.load reads it, or `pairs` for our own; label: only rows of that label; limit: rows taken;
+    weight: of each row
 
+    made: pairs made by rule out of each row, with the concept (label 1) and as it is (0)
+    answers: the label is about each row's `response`, not about its `text`
     calibrate, test: shares of the groups; the rest is fitted on. Harmful rows of the calibrate share are tested on.
     """
 
-    file: Path
+    file: File
     label: Literal[0, 1] | None = None
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
+    made: Made | None = None
+    answers: bool = False
     by_source: bool = False
     """Balance the rows' own `source` fields against each other, instead of the file as one."""
     calibrate: float = Field(0.25, ge=0, lt=1)
@@ -43,7 +60,8 @@ class Source(_Part):
 
 class Recipe(_Part):
     sources: tuple[Source, ...] = Field(min_length=1)
-    layer: int | None = None
+    layers: tuple[int, ...] | None = None
+    """Blocks whose activations are read side by side; None: the middle one."""
     seed: int = 0
     max_text_tokens: int = Field(512, ge=8)
     solver: Literal["best", "logistic", "adam"] = "best"
@@ -53,13 +71,26 @@ class Recipe(_Part):
     response: Aggregation = Aggregation("ema")
     answers: int = Field(0, ge=0)
     answer_tokens: int = Field(64, ge=2)
-    evaluate: tuple[Path, ...] = ()
+    evaluate: tuple[File, ...] = ()
     """Read after everything is fixed, never before."""
     balance: bool = False
     """Every key (a file, or a source within one) weighs the same in the fit, times `weight`."""
     drop: tuple[str, ...] = ()
     """Texts left out, by the first 16 digits of their sha256: near-duplicates of rows in an evaluation set."""
+    kind: Literal["harm", "concept"] = "harm"
+    phases: tuple[Phase, ...] = tuple(Phase)
+    """What it is calibrated for; elsewhere it can only be shadowed."""
     description: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_layer(cls, data: Any) -> Any:
+        """`layer: 15` is short for `layers: [15]`."""
+        if isinstance(data, dict) and "layer" in data:
+            data = dict(data)
+            layer = data.pop("layer")
+            data.setdefault("layers", None if layer is None else [layer])
+        return data
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -77,32 +108,38 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigInvalid(f"recipe {str(path)!r}: {where}: {first['msg']}") from error
 
 
-def default_recipe(files: list[Path], layer: int | None, epochs: int, answers: int) -> Recipe:
+def default_recipe(files: Sequence[str | Path], layer: int | None, epochs: int, answers: int) -> Recipe:
     """Every row of the given files, or of our pairs if there are none."""
-    sources = tuple(Source(file=f) for f in files or [PAIRS])
-    return Recipe(sources=sources, layer=layer, epochs=epochs, answers=answers)
+    sources = tuple(Source(file=str(f)) for f in files or [PAIRS])
+    return Recipe(sources=sources, layers=None if layer is None else (layer,), epochs=epochs, answers=answers)
 
 
 def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[DataFile]]:
     """All rows by part, no text twice. folder: where relative files lie
 
-    raises: ConfigInvalid if a class is missing
+    raises: ConfigInvalid if a class is missing, or for a file that is there to evaluate on
     """
     parts: dict[Part, list[Row]] = {"fit": [], "calibrate": [], "test": []}
     files: dict[str, DataFile] = {}
     seen: list[Row] = []
     placed: dict[str, Part] = {}
     for source in recipe.sources:
-        path = PAIRS if str(source.file) == "pairs" else folder / source.file
-        rows, described = read_jsonl(path)
+        file = str(PAIRS) if source.file == "pairs" else source.file
+        if stem(file) in EVALUATE_ONLY:
+            raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
+        rows, described = read_rows(file, folder)
         files[described.file] = described
-        known = {same_text(r.text) for r in seen}
-        rows = [r for r in unique(rows) if same_text(r.text) not in known and source.label in (None, r.label)]
-        rows = [r for r in rows if text_hash(r.text) not in recipe.drop]
+        rows = _about(rows, source, described.file)
+        known = {r.identity for r in seen}
+        rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
+        if source.label is not None:
+            rows = [r for r in rows if r.label == source.label]
         rows = [
-            replace(r, weight=source.weight, key=r.source if source.by_source else path.stem)
+            replace(r, weight=source.weight, key=r.source if source.by_source else stem(file))
             for r in sample(rows, source.limit, recipe.seed)
         ]
+        if source.made:
+            rows = made(source.made, rows)
         seen += rows
         shares: dict[Part, float] = {
             "test": source.test,
@@ -118,3 +155,13 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
     return parts, list(files.values())
+
+
+def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:
+    """Rows whose label is about what the source says it is about. raises: ConfigInvalid for a missing answer"""
+    if not source.answers:
+        return [replace(r, answer="") for r in rows]
+    for row in rows:
+        if not row.answer.strip():
+            raise ConfigInvalid(f"{file}: no `response` beside {row.text[:40]!r}; the recipe has `answers: true`")
+    return list(rows)

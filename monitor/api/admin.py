@@ -13,7 +13,6 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry, Counter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -65,7 +64,8 @@ class Tracer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """What the routes do. engine: what serves; records: of one request id, by choice"""
+    """What the routes do. engine: what serves; records: of one request id, by choice; erase: the records of a key's
+    name or of a request id, and how many there were; None: there is no such route"""
 
     engine: Callable[[], Mapping[str, Any]]
     policies: Policies
@@ -74,6 +74,7 @@ class Operations:
     audit: Audit
     offenders: Offenders
     tracer: Tracer
+    erase: Callable[[str | None, str | None], int] | None = None
 
 
 class _Message(BaseModel):
@@ -91,29 +92,38 @@ class ScoresRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
+class EraseRequest(BaseModel):
+    """Whose records: of an API key's name ("": without a key), or of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: Annotated[str, Field(max_length=64)] | None = None
+    id: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,128}$")] | None = None
+
+
 def create_admin(
     operations: Operations,
     key: str,
     host: str,
-    registry: CollectorRegistry,
+    counted: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
-    """key: the admin key; host: the address that the port is bound to; clock: seconds, of the minutes of wrong keys"""
+    """key: the admin key; host: the address that the port is bound to; counted: told each request's outcome
+
+    clock: seconds, of the minutes of wrong keys
+    """
     app = FastAPI(title="midstream admin", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _reading(app, operations)
     _changing(app, operations)
     _scoring(app, operations.tracer)
     _errors(app)
-    requests = Counter(
-        "admin_requests", "Requests to the admin port.", ["outcome"], registry=registry, namespace="midstream"
-    )
     return AdminGuard(
         app,
         operations.audit,
         key=key,
         shared=lambda: operations.keys.find(key.encode()) is not None,
         host=host,
-        counted=lambda outcome: requests.labels(outcome).inc(),
+        counted=counted,
         clock=clock,
     )
 
@@ -164,6 +174,17 @@ def _changing(app: FastAPI, operations: Operations) -> None:
         if not operations.offenders.clear(key):
             raise ApiError(404, f"key {key!r} has no flags or blocks in the window", code="not_found")
         return _json({"cleared": key})
+
+    if operations.erase is not None:
+        _erasing(app, operations.erase)
+
+
+def _erasing(app: FastAPI, erase: Callable[[str | None, str | None], int]) -> None:
+    @app.post("/admin/erase")
+    async def erased(body: EraseRequest) -> Response:
+        if (body.key is None) == (body.id is None):
+            raise ApiError(400, "say whose records: one of key and id", code="bad_value")
+        return _json({"erased": await asyncio.to_thread(erase, body.key, body.id)})
 
 
 def _scoring(app: FastAPI, tracer: Tracer) -> None:

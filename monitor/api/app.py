@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +17,7 @@ from monitor.api.edge import Edge
 from monitor.api.errors import ApiError, validation
 from monitor.api.openai import Service, openai_routes
 from monitor.metrics import Metrics
+from monitor.metrics.expose import exposition
 
 
 def create_app(
@@ -45,9 +46,9 @@ def create_app(
         return JSONResponse({"status": "ready"} | dict(service.engine.describe()))
 
     @app.get("/metrics")
-    async def exposition() -> Response:
+    async def scraped() -> Response:
         metrics.ready.set(ready() is None)
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return edge.around(app)
 

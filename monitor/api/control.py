@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter
-
 from monitor.api.admin import KeyTable, Operations
 from monitor.api.tracing import Tracing
 from monitor.audit import Audit
 from monitor.config import Settings
 from monitor.live import LiveProbes
 from monitor.metrics import Metrics
+from monitor.metrics.drift import Reference
 from monitor.offenders import Offenders
 from monitor.policy.keeper import PolicyKeeper
 from monitor.template import ChatTemplate
-from monitor.traffic import find_records
+from monitor.traffic import TrafficLog, find_records
 from monitor.types import Scorer
 
 
@@ -38,31 +37,38 @@ class Serving:
 
 
 def operations(
-    serving: Serving, settings: Settings, keys: KeyTable, audit: Audit, offenders: Offenders, metrics: Metrics
+    serving: Serving,
+    settings: Settings,
+    keys: KeyTable,
+    audit: Audit,
+    offenders: Offenders,
+    metrics: Metrics,
+    traffic: TrafficLog | None = None,
 ) -> Operations:
-    """Once for each registry."""
-    reloads = Counter(
-        "policy_reloads",
-        "Policy files read again.",
-        ["result"],
-        registry=metrics.registry,
-        namespace="midstream",
-    )
     for result in ("loaded", "refused"):
-        reloads.labels(result)  # rates start at 0
+        metrics.policy_reloads.labels(result)  # rates start at 0
 
     def put(live: LiveProbes) -> None:
         serving.put(live)
         show_probes(metrics, live)
 
-    keeper = PolicyKeeper(settings, serving.live, put, lambda result: reloads.labels(result).inc())
+    keeper = PolicyKeeper(settings, serving.live, put, lambda result: metrics.policy_reloads.labels(result).inc())
     tracing = Tracing(serving.scorer, serving.template, serving.probes, serving.model)
-    records = functools.partial(find_records, settings.records)
-    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing)
+    records = functools.partial(find_records, settings.log)
+    erase = None if traffic is None else traffic.erase
+    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing, erase)
 
 
 def show_probes(metrics: Metrics, live: LiveProbes) -> None:
-    """Probes and thresholds in service, as metrics; a threshold that is no more goes."""
+    """Probes and thresholds in service, as metrics, and what their cards say of benign values."""
     cards = [p.card for p in live.probes]
-    metrics.threshold.clear()
-    metrics.probes([(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards], live.rules)
+    known = {c.name: c.calibration for c in cards}
+    references = {}
+    for form, rules in live.rules.items():
+        for rule in rules:
+            calibration = known[rule.probe].get(form, {}).get(rule.phase.value)
+            if rule.threshold is not None and calibration is not None:
+                target = calibration.rate(rule.threshold)
+                references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
+    shown = [(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards]
+    metrics.probes(shown, live.rules, references, live.policies)

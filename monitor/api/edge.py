@@ -8,16 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp
 
+from monitor.api.access import Access
 from monitor.api.body import BodyBounds
 from monitor.api.connection import Bounds, allow_descriptors, bounded
 from monitor.api.front import Front
 from monitor.api.limits import Limits, Rate
+from monitor.api.recorded import Recorded
+from monitor.api.spans import Spans
 from monitor.config import Settings
 from monitor.keys import Keys
 from monitor.metrics import Metrics
+from monitor.traffic import TrafficLog
 
 LIMITS = (
     "receive",
@@ -31,6 +34,7 @@ LIMITS = (
     "concurrency",
     "rate",
     "offender",
+    "record",
 )
 
 
@@ -38,23 +42,11 @@ def never(key: str) -> float | None:
     return None
 
 
-def limit_counter(registry: CollectorRegistry) -> Callable[[str], None]:
-    """One for each registry. Told the name of a limit each time it ends something."""
-    counter = Counter(
-        "limited", "Requests and connections that a limit ended.", ["limit"], registry=registry, namespace="midstream"
-    )
-    for name in LIMITS:
-        counter.labels(name)  # rates start at 0
-
-    def count(limit: str) -> None:
-        counter.labels(limit).inc()
-
-    return count
-
-
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """keys: reload them to change who may ask; offender: seconds for which a key is still refused, None if it is not"""
+    """keys: reload them to change who may ask; offender: seconds for which a key is still refused, None if it is not;
+    spans: to be told of every record, and closed; None without a collector; log: what the end of an answer waits for,
+    there when the first request comes"""
 
     settings: Settings
     keys: Keys
@@ -62,10 +54,18 @@ class Edge:
     rejected: Callable[[int], None]
     rate: Rate | None
     offender: Callable[[str], float | None] = never
+    spans: Spans | None = None
+    log: Callable[[], TrafficLog] | None = None
 
     @classmethod
-    def of(cls, settings: Settings, metrics: Metrics, offender: Callable[[str], float | None] = never) -> Edge:
-        """raises: ConfigInvalid for a keys file or a rate that can't be read"""
+    def of(
+        cls,
+        settings: Settings,
+        metrics: Metrics,
+        offender: Callable[[str], float | None] = never,
+        log: Callable[[], TrafficLog] | None = None,
+    ) -> Edge:
+        """raises: ConfigInvalid for a keys file or a rate that can't be read, or spans that can't be sent"""
         keys = Keys(settings.api_key, settings.keys)
         rate = None if settings.rate_per_key is None else Rate(settings.rate_per_key)
         if not keys.required and not is_loopback(settings.host):
@@ -75,15 +75,21 @@ class Edge:
                 file=sys.stderr,
             )
 
+        for name in LIMITS:
+            metrics.limited.labels(name)  # rates start at 0
+
+        def limited(limit: str) -> None:
+            metrics.limited.labels(limit).inc()
+
         def rejected(status: int) -> None:
             metrics.rejected.labels(str(status)).inc()
 
-        return cls(settings, keys, limit_counter(metrics.registry), rejected, rate, offender)
+        return cls(settings, keys, limited, rejected, rate, offender, Spans.of(settings), log)
 
     def around(self, app: ASGIApp) -> ASGIApp:
         s = self.settings
         inner = Limits(
-            app,
+            app if self.log is None else Recorded(app, self.log, self.limited, self.rejected),
             BodyBounds(s.max_json_depth, s.max_json_values, s.max_messages),
             max_body=s.max_body_bytes,
             max_concurrent=s.max_concurrent,
@@ -92,7 +98,7 @@ class Edge:
             rejected=self.rejected,
             offender=self.offender,
         )
-        return Front(inner, self.keys, self.rejected)
+        return Access(Front(inner, self.keys, self.rejected), self.spans, s.access_log)
 
     def server_options(self) -> dict[str, Any]:
         """Arguments of uvicorn.Config."""

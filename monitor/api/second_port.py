@@ -1,27 +1,23 @@
-"""The admin port: a second uvicorn in the data server's event loop; and SIGHUP, which reloads as an admin call does."""
+"""The admin port: a second uvicorn in the data server's event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from monitor.api.admin import KeyTable, Operations, create_admin
 from monitor.api.connection import Bounds, bounded
-from monitor.audit import Audit, AuditFailed
+from monitor.api.hangup import Say, reload_at_hangup
 from monitor.config import Settings
-from monitor.errors import ConfigInvalid, MidstreamError
+from monitor.errors import ConfigInvalid
 
 _MAX_CONNECTIONS = 64
 _GRACE_S = 2
-Say = Callable[[str], None]
 
 
 class _Second(uvicorn.Server):
@@ -51,7 +47,7 @@ async def controlled(
     operations: Operations,
     settings: Settings,
     listener: socket.socket | None,
-    registry: CollectorRegistry,
+    counted: Callable[[str], None],
     limited: Callable[[str], None],
     say: Say,
 ) -> AsyncIterator[None]:
@@ -60,7 +56,7 @@ async def controlled(
         if settings.admin_key is None or listener is None:
             yield
             return
-        app = create_admin(operations, settings.admin_key, settings.admin_host, registry)
+        app = create_admin(operations, settings.admin_key, settings.admin_host, counted)
         async with second_port(app, listener, settings, limited):
             host, port = listener.getsockname()[:2]
             say(f"admin port on http://{host}:{port}/admin/status")
@@ -99,47 +95,3 @@ async def second_port(
         up.cancel()
         server.should_exit = True
         await serving
-
-
-@contextlib.contextmanager
-def reload_at_hangup(operations: Operations, say: Say) -> Iterator[None]:
-    """SIGHUP reads the policy and the keys again. Outside of the main thread there are no signals: nothing happens."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    reloading: set[asyncio.Task[None]] = set()
-
-    def hangup() -> None:
-        task = loop.create_task(reload_all(operations, say))
-        reloading.add(task)
-        task.add_done_callback(reloading.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, hangup)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGHUP)
-
-
-async def reload_all(operations: Operations, say: Say) -> None:
-    """Policy and keys, each an audit row by actor `signal`; a file that is refused changes nothing."""
-
-    def keys() -> str:
-        return f"{operations.keys.reload()} keys"
-
-    for what, act in (("policy", operations.policies.reload), ("keys", keys)):
-        say(f"SIGHUP: {what}: {await _audited(operations.audit, what, act)}")
-
-
-async def _audited(audit: Audit, what: str, act: Callable[[], str]) -> str:
-    try:
-        row = await asyncio.to_thread(audit.write, "signal", "", "SIGHUP", what)
-        try:
-            result = act()
-        except MidstreamError as error:
-            result = f"refused, the old one stays: {error}"
-        await asyncio.to_thread(audit.ended, row, result)
-    except AuditFailed as error:
-        return str(error)
-    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +19,26 @@ from rich.table import Table
 from monitor.api.app import create_app
 from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
 from monitor.api.others import other_routes
-from monitor.api.second_port import Say, check_admin_key, controlled
+from monitor.api.second_port import check_admin_key, controlled
+from monitor.api.spans import Spans
 from monitor.audit import Audit
 from monitor.config import Settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
-from monitor.errors import ConfigInvalid
+from monitor.errors import ConfigInvalid, MidstreamError
 from monitor.live import LiveProbes, load_live
 from monitor.metrics import Metrics
+from monitor.metrics.expose import pulse
+from monitor.metrics.processes import shared_folder
 from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
 from monitor.template import ChatTemplate
-from monitor.traffic import TrafficLog
+from monitor.traffic import Cipher, TrafficLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
 
@@ -41,14 +46,23 @@ EXIT_ENGINE_DIED = 3
 
 
 class Sinks:
-    """The engine's observer: one Record to metrics, traffic log, offenders, stdout and webhook."""
+    """The engine's observer: one Record to metrics, traffic log, offenders, stdout, webhook and spans."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self, settings: Settings, metrics: Metrics, spans: Spans | None = None) -> None:
+        self.metrics, self.spans = metrics, spans
         self.traffic = TrafficLog(
-            settings.records, settings.max_records, settings.record_queue, metrics.records_dropped.inc
+            settings.log,
+            settings.max_records,
+            settings.record_queue,
+            metrics.records_dropped.inc,
+            days=settings.log_days,
+            required=settings.log_required,
+            wait_s=settings.log_wait_s,
+            cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
-        self.lines = Outbox(settings.webhook_queue, print_line, lambda result: metrics.lines.labels(result).inc())
+        self.lines = Outbox(
+            settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
+        )
         self.webhook: Webhook | None = None
         if settings.webhook_url is not None:
             self.webhook = Webhook(
@@ -58,7 +72,7 @@ class Sinks:
                 lambda result: metrics.webhook.labels(result).inc(),
             )
         self.offenders = Offenders(
-            metrics.registry,
+            metrics.key_events,
             self._tell,
             window_s=settings.offender_window_s,
             limit=settings.offender_limit,
@@ -73,6 +87,8 @@ class Sinks:
         if event is not None:
             self._tell(event)
         self.offenders.note(record)
+        if self.spans is not None:
+            self.spans.record(record)
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         self.lines.put(event)
@@ -82,11 +98,21 @@ class Sinks:
     def scored(self, seconds: float, n_tokens: int) -> None:
         self.metrics.scored(seconds, n_tokens)
 
+    def beat(self) -> None:
+        """Every few seconds: what is too slow for a scrape."""
+        try:
+            backlog: float = self.traffic.backlog()
+        except MidstreamError:  # a log that can't be read: its losses are counted, its backlog is not known
+            backlog = math.nan
+        self.metrics.review_backlog.set(backlog)
+
     def close(self) -> None:
         self.traffic.close()
         self.lines.close()
         if self.webhook is not None:
             self.webhook.close()
+        if self.spans is not None:
+            self.spans.close()
 
 
 class Server(uvicorn.Server):
@@ -138,8 +164,12 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics)
-        return controlled(what, settings, self.listener, metrics.registry, self.edge.limited, say)
+        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic)
+
+        def counted(outcome: str) -> None:
+            metrics.admin_requests.labels(outcome).inc()
+
+        return controlled(what, settings, self.listener, counted, self.edge.limited, say)
 
 
 @contextlib.contextmanager
@@ -174,13 +204,15 @@ def serve(settings: Settings) -> int:
     """Run until a signal; returns the exit code. raises: MidstreamError before anything is served"""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
+        remember_hangups()
+        shared_folder()  # an unusable one is known before the model is loaded
         metrics = Metrics()
-        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key))
+        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key), lambda: sinks.traffic)
         door = stack.enter_context(admin_door(edge))
         console = Console(stderr=True)
         with console.status(f"loading {settings.model} …"):
             model, live = load(settings)
-        sinks = Sinks(settings, metrics)
+        sinks = Sinks(settings, metrics, edge.spans)
         stack.callback(sinks.close)
         failed = threading.Event()
         server: list[Server] = []
@@ -193,8 +225,8 @@ def serve(settings: Settings) -> int:
         engine = EmbeddedEngine(model, live, settings, sinks, died)
         stack.callback(engine.stop, 0.0)
         off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
-        announce(metrics, live, lambda: engine.describe()["active"], sinks)
-        metrics.gauge("waiting_prompts", "Prompts in the queue.", lambda: engine.describe()["waiting"])
+        announce(model.name, live, lambda: engine.describe()["active"], sinks)
+        metrics.read("waiting_prompts", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})
         vocabulary = model.module.config.get_text_config().vocab_size
         service = Service(engine, model.template, settings, names, vocabulary)
@@ -209,7 +241,8 @@ def serve(settings: Settings) -> int:
         console.print(summary(model.name, model.dtype, live, off))
         host, port = listener.getsockname()[:2]
         console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
-        server[0].run(sockets=[listener])
+        with pulse(metrics, engine.readiness, sinks.beat):
+            server[0].run(sockets=[listener])
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
@@ -220,11 +253,13 @@ def embedded(engine: EmbeddedEngine, template: ChatTemplate) -> Serving:
     return Serving(engine.describe, lambda: engine.live, put, EmbeddedScorer(engine), template, engine.model_name)
 
 
-def announce(metrics: Metrics, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
+def announce(model: str, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
     """Metrics of what serves. active: sequences in the engine"""
+    metrics = sinks.metrics
+    metrics.model = model
     show_probes(metrics, live)
-    metrics.gauge("active_sequences", "Sequences in the engine.", active)
-    metrics.gauge("record_queue_depth", "Records not yet written.", lambda: sinks.traffic.depth)
+    metrics.read("active_sequences", active)
+    metrics.read("record_queue_depth", lambda: sinks.traffic.depth)
 
 
 def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:

@@ -42,20 +42,26 @@ def _of(body: Body, probe: str, phase: Phase) -> PhasePolicy:
 
 def _rules(probes: Sequence[StoredProbe], form: Format, body: Body) -> tuple[Rule, ...]:
     said = {(p.card.name, phase): _of(body, p.card.name, phase) for p in probes for phase in Phase}
-    # A shipped probe blocks; one that somebody has just trained starts in shadow.
     modes = {
-        (p.card.name, phase): said[p.card.name, phase].mode or (Mode.BLOCK if p.shipped else Mode.SHADOW)
-        for p in probes
-        for phase in Phase
+        (p.card.name, phase): said[p.card.name, phase].mode or _unasked(p, phase) for p in probes for phase in Phase
     }
     sharing = [k for k, m in modes.items() if m is Mode.BLOCK and said[k].threshold is None is said[k].target_fpr]
     alpha = body.target_fpr / max(1, len(sharing))
     rules = []
-    for column, probe in enumerate(probes):
+    column = 0
+    for probe in probes:
         for phase in Phase:
             key = probe.card.name, phase
             rules.append(_rule(probe, column, phase, form, body, said[key], modes[key], alpha))
+        column += probe.card.projections
     return tuple(rules)
+
+
+def _unasked(probe: StoredProbe, phase: Phase) -> Mode:
+    """A shipped probe of harm blocks in the phases that it is calibrated for, and takes a share of the rate there. One
+    that somebody has just trained starts in shadow, and a concept says nothing of harm."""
+    able = phase.value in probe.card.calibration.get("chat", {})
+    return Mode.BLOCK if probe.shipped and probe.card.kind == "harm" and able else Mode.SHADOW
 
 
 def _rule(
@@ -99,6 +105,7 @@ def _rule(
             escalate=escalate,
             min_tokens=said.min_tokens,
             consecutive=said.consecutive,
+            n_columns=card.projections,
         )
     except ValueError as error:
         raise ConfigInvalid(f"{error} (format {form})") from error

@@ -18,7 +18,7 @@ _DOES = {Mode.SHADOW: Action.ALLOW, Mode.FLAG: Action.FLAG, Mode.BLOCK: Action.B
 class Rule:
     """What one probe does in one phase.
 
-    column: the probe's column in the score rows
+    column, n_columns: the probe's columns in the score rows: the first, and how many
     threshold: crossed strictly above; None if the phase has no calibration (then the mode is shadow)
     on_history: what a harmful turn before the newest one does, in the prompt phase
     escalate: from above this value up to the threshold a second judge is asked; None: it never is
@@ -38,8 +38,10 @@ class Rule:
     escalate: float | None = None
     min_tokens: int = 1
     consecutive: int = 1
+    n_columns: int = 1
 
     def __post_init__(self) -> None:
+        self.aggregation.check(self.n_columns)
         if self.mode is not Mode.SHADOW and self.threshold is None:
             raise ValueError(f"probe {self.probe!r} has no calibration for {self.phase}; only shadow is possible")
         if self.escalate is not None and not (self.mode is Mode.BLOCK and self.escalate < (self.threshold or 0.0)):
@@ -47,6 +49,11 @@ class Rule:
                 f"probe {self.probe!r}, {self.phase}: escalate {self.escalate:g} must lie below the threshold "
                 f"({self.threshold}) of a probe that blocks"
             )
+
+    @property
+    def columns(self) -> int | slice:
+        """What `rows[:, columns]` takes: (n,) of one projection, (n, k) of several."""
+        return self.column if self.n_columns == 1 else slice(self.column, self.column + self.n_columns)
 
 
 @dataclass(frozen=True, slots=True)

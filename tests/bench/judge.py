@@ -1,10 +1,12 @@
-"""What judging one token costs the API process, at 8 probes and 200 streams: the Watch alone, and with vLLM's outputs.
+"""What judging one token costs the API process, at 1, 8 and 64 probes: the Watch alone, and with vLLM's outputs.
 
 No engine runs: 200 sequences take synthetic rows in turn, as the steps of a batch would bring them.
+`python -m tests.bench.judge [PROBES ...]`
 """
 
 import asyncio
 import statistics
+import sys
 import time
 
 import numpy as np
@@ -18,13 +20,13 @@ from monitor.sequence import Watch
 from monitor.types import Mode, Phase, Prompt, Turn
 from tests.bench.pairs import say
 
-PROBES, STREAMS, STEPS, ROUNDS = 8, 200, 32, 15
-TARGET_US = 20.0
+STREAMS, STEPS, ROUNDS = 200, 32, 15
+TARGET_PROBES, TARGET_US = 8, 20.0
 PROMPT = Prompt(tuple(range(16)), (Turn(3, 16),), 0, "chat")
 
 
-def live_probes() -> LiveProbes:
-    probes = [ProbeWeights(f"p{i}", {1: torch.randn(8)}, 0.0) for i in range(PROBES)]
+def live_probes(n_probes: int) -> LiveProbes:
+    probes = [ProbeWeights(f"p{i}", {1: torch.randn(8)}, 0.0) for i in range(n_probes)]
     rules = tuple(
         Rule(p.name, "v1", i, phase, Mode.BLOCK, 1e9, Aggregation("ema"), "closed")
         for i, p in enumerate(probes)
@@ -79,7 +81,8 @@ def outputs(live: LiveProbes, rows: np.ndarray) -> float:
         return EngineCoreOutput(request_id=str(i), new_token_ids=[7], kv_transfer_params=params)
 
     async def run() -> float:
-        judge = Judge(Engine(), None, Nobody(), "m", (1,), PROBES)
+        width = rows.shape[1]
+        judge = Judge(Engine(), None, Nobody(), "m", (1,), width)
         bank = Bank(0, 1, live)
         for i in range(STREAMS):
             judge._sequels[str(i)] = Sequel(Call("chat", "chat"), bank, PROMPT, 0, str(i), "m")
@@ -96,20 +99,26 @@ def outputs(live: LiveProbes, rows: np.ndarray) -> float:
     return asyncio.run(run())
 
 
-def main() -> None:
+def setting(n_probes: int) -> tuple[LiveProbes, np.ndarray]:
+    """The probes, and rows of scores for them: what `watches` and `outputs` take."""
     torch.manual_seed(0)
-    live = live_probes()
-    rows = np.random.default_rng(0).normal(0, 1, (64, PROBES)).astype(np.float32)
-    for name, once in (("Watch alone", watches), ("in vLLM's process_outputs", outputs)):
-        once(live, rows)  # warm
-        found = sorted(1e6 * once(live, rows) for _ in range(ROUNDS))
-        median = statistics.median(found)
-        low, high = found[round(0.05 * ROUNDS)], found[-1 - round(0.05 * ROUNDS)]
-        met = "met" if high <= TARGET_US else "MISSED" if low > TARGET_US else "INCONCLUSIVE"
-        say(
-            f"judging a token, {name}: {median:.1f} [{low:.1f}, {high:.1f}] microseconds at {PROBES} probes, {STREAMS} "
-            f"streams (target <= {TARGET_US:.0f}: {met})"
-        )
+    return live_probes(n_probes), np.random.default_rng(0).normal(0, 1, (64, n_probes)).astype(np.float32)
+
+
+def main() -> None:
+    for n_probes in [int(n) for n in sys.argv[1:]] or [1, 8, 64]:
+        live, rows = setting(n_probes)
+        for name, once in (("Watch alone", watches), ("in vLLM's process_outputs", outputs)):
+            once(live, rows)  # warm
+            found = sorted(1e6 * once(live, rows) for _ in range(ROUNDS))
+            median = statistics.median(found)
+            low, high = found[round(0.05 * ROUNDS)], found[-1 - round(0.05 * ROUNDS)]
+            met = "met" if high <= TARGET_US else "MISSED" if low > TARGET_US else "INCONCLUSIVE"
+            target = f" (target <= {TARGET_US:.0f}: {met})" if n_probes == TARGET_PROBES else ""
+            say(
+                f"judging a token, {name}: {median:.1f} [{low:.1f}, {high:.1f}] microseconds, lowest {found[0]:.1f}, "
+                f"at {n_probes} probes, {STREAMS} streams{target}"
+            )
 
 
 if __name__ == "__main__":

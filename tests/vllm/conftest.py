@@ -225,3 +225,6 @@ class Web:
                 return True
             time.sleep(0.02)
         return False
+
+
+from .shared import quiet, shared  # noqa: E402, F401  (fixtures, which need what stands above)

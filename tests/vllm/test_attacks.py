@@ -10,29 +10,25 @@ from ..attacks import SHAPES  # noqa: E402
 from ..contract import Server  # noqa: E402
 from ..siege import Siege  # noqa: E402
 from ..star import fit_star_probe  # noqa: E402
-from . import test_leak  # noqa: E402
-from .conftest import EAGER, Harness, Web, make_plan  # noqa: E402
-
-quiet = test_leak.quiet
-TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+from .shared import blocking, load, routes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def web(quiet, tmp_path_factory):
+def live(shared, quiet, tmp_path_factory):
     probe, threshold = fit_star_probe(quiet)
-    modes = {"star": {"prompt": "block", "response": "block"}}
     published = [(probe, {"calibration": calibrated(threshold)})]
-    store = tmp_path_factory.mktemp("store")
-    running = Harness(make_plan(quiet, store, published, [*EAGER, *TOOLS], modes=modes, max_concurrent=600))
-    web = Web(running)
-    yield web
-    web.stop()
-    running.stop()
+    return load(shared, quiet, tmp_path_factory.mktemp("store"), published, modes=blocking("star"))
+
+
+@pytest.fixture(scope="module")
+def web(shared, live):
+    with routes(shared) as web:
+        yield web
 
 
 @pytest.fixture
-def starred(web, quiet):
-    return Server(web.url, quiet, web.harness.plan.live, web.sink, web.idle)
+def starred(web, live, quiet):
+    return Server(web.url, quiet, live, web.sink, web.idle)
 
 
 @pytest.fixture

@@ -6,27 +6,20 @@ import pytest
 
 from ..conftest import calibrated
 from ..star import bias, fit_star_probe
-from . import test_leak
-from .conftest import EAGER, Harness, Web, make_plan
-from .test_leak import Forced, force
+from .shared import Forced, blocking, load, routes
 
-quiet = test_leak.quiet
 USER = [{"role": "user", "content": "go"}]
 BLOCKED = [{"role": "user", "content": "tell*me"}]
 P = 6  # where the answer is blocked: five letters come before
 
 
 @pytest.fixture(scope="module")
-def web(quiet, tmp_path_factory):
+def web(shared, quiet, tmp_path_factory):
     probe, threshold = fit_star_probe(quiet)
-    modes = {"star": {"prompt": "block", "response": "block"}}
     published = [(probe, {"calibration": calibrated(threshold)})]
-    running = Harness(make_plan(quiet, tmp_path_factory.mktemp("store"), published, EAGER, modes=modes))
-    force(running)
-    web = Web(running)
-    yield web
-    web.stop()
-    running.stop()
+    load(shared, quiet, tmp_path_factory.mktemp("store"), published, modes=blocking("star"))
+    with routes(shared) as web:
+        yield web
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""The HTTP contract, with vLLM: one engine, whose probes are swapped for what a test needs."""
+"""The HTTP contract, with vLLM: the probes of the shared engine are swapped for what a test needs."""
 
 import pytest
 import torch
 
-from monitor.live import assemble
 from monitor.probe import ProbeWeights
 
 from ..conftest import LAYER, calibrated
@@ -12,36 +11,30 @@ pytest.register_assert_rewrite("tests.contract")
 
 from ..contract import BOTH, LATE, Contract, Server, zero_probe  # noqa: E402
 from ..star import fit_star_probe  # noqa: E402
-from . import test_leak  # noqa: E402
-from .conftest import EAGER, Harness, Web, make_plan  # noqa: E402
-
-quiet = test_leak.quiet
+from .shared import blocking, load, routes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def web(quiet, tmp_path_factory):
+def web(shared):
+    with routes(shared) as web:
+        yield web
+
+
+@pytest.fixture(scope="module")
+def probes(quiet):
+    """By name, with the threshold."""
     torch.manual_seed(1)
     calm = ProbeWeights("calm", {LAYER: torch.randn(quiet.d_model) / 8}, 0.25)
     trigger = ProbeWeights("trigger", zero_probe(quiet, LAYER), 1.0)
-    probes = [(calm, 1e6), (trigger, 0.0), fit_star_probe(quiet)]
-    modes = {probe.name: {"prompt": "block", "response": "block"} for probe, _ in probes}
-    published = [(probe, {"calibration": calibrated(threshold)}) for probe, threshold in probes]
-    store = tmp_path_factory.mktemp("store")
-    running = Harness(make_plan(quiet, store, published, EAGER, modes=modes, target_fpr=0.1))
-    web = Web(running)
-    yield web
-    web.stop()
-    running.stop()
+    return {probe.name: (probe, threshold) for probe, threshold in [(calm, 1e6), (trigger, 0.0), fit_star_probe(quiet)]}
 
 
 @pytest.fixture
-def start(web, quiet):
+def start(web, probes, quiet, tmp_path):
     def started(name):
-        plan = web.harness.plan
-        (stored,) = [p for p in plan.live.probes if p.card.name == name]
-        settings = plan.settings.model_copy(update={"modes": {name: plan.settings.modes[name]}})
-        live = assemble([stored], quiet.d_model, settings)
-        web.harness.run(web.harness.judge.banks.load(live))
+        probe, threshold = probes[name]
+        published = [(probe, {"calibration": calibrated(threshold)})]
+        live = load(web.harness, quiet, tmp_path, published, modes=blocking(name), target_fpr=0.1)
         return Server(web.url, quiet, live, web.sink, web.idle)
 
     return started

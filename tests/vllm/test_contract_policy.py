@@ -1,4 +1,4 @@
-"""Policies over HTTP, with vLLM: one engine, whose policy is replaced for each test."""
+"""Policies over HTTP, with vLLM: the shared engine's policy is replaced for each test."""
 
 import pytest
 
@@ -8,20 +8,14 @@ pytest.register_assert_rewrite("tests.contract", "tests.contract_policy")
 
 from ..contract import Server  # noqa: E402
 from ..contract_policy import Policed, _fresh, as_file, endpoint, soft_star  # noqa: E402, F401
-from . import test_leak  # noqa: E402
-from .conftest import EAGER, Harness, Web, make_plan  # noqa: E402
-
-quiet = test_leak.quiet
+from .shared import load, routes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def web(quiet, tmp_path_factory):
-    published = [(soft_star(quiet), {"calibration": calibrated(1e6)})]
-    running = Harness(make_plan(quiet, tmp_path_factory.mktemp("store"), published, EAGER))
-    web = Web(running)
-    yield web
-    web.stop()
-    running.stop()
+def web(shared, quiet, tmp_path_factory):
+    load(shared, quiet, tmp_path_factory.mktemp("store"), [(soft_star(quiet), {"calibration": calibrated(1e6)})])
+    with routes(shared) as web:
+        yield web
 
 
 @pytest.fixture

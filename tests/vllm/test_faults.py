@@ -12,10 +12,8 @@ from monitor.probe import ProbeWeights
 from ..conftest import LAYER, calibrated
 from ..contract_policy import as_file
 from ..faults import CLEAN, FAULTS, asking, check, check_counts, counts, fill_log
-from . import test_leak
 from .conftest import EAGER, Harness, Web, make_plan
 
-quiet = test_leak.quiet
 # Of these the engine does not recover.
 LAST = ("tap silent", "engine dies")
 

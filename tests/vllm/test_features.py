@@ -22,10 +22,8 @@ from monitor.engines.embedded.model import load_model
 
 from ..conftest import calibrated
 from ..star import fit_star_probe
-from . import test_leak
 from .conftest import EAGER, Harness, Web, make_plan
 
-quiet = test_leak.quiet
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 STREAM = pytest.mark.parametrize("stream", [False, True])
 USER = [{"role": "user", "content": "go"}]

@@ -1,71 +1,22 @@
-"""Nothing of a triggering token or later reaches a client of vLLM's server, on any route that generates.
-
-The sampling that forces t* at position p is set where the routes meet the engine, since not every route's API has it.
-"""
+"""Nothing of a triggering token or later reaches a client of vLLM's server, on any route that generates."""
 
 import json
 
 import httpx
 import pytest
-import torch
-
-from monitor.config import cache_dir
-from monitor.engines.embedded.model import load_model
 
 from ..conftest import calibrated
 from ..star import STAR, STOP, bias, fit_star_probe, token
-from .conftest import EAGER, Harness, Web, make_plan
+from .shared import Forced, blocking, load, routes
 
 
 @pytest.fixture(scope="module")
-def quiet(tiny_folder, tmp_path_factory):
-    """The tiny model with logits so small that a bias decides."""
-    folder = tmp_path_factory.mktemp("quiet") / "tiny-quiet"
-    model = load_model(str(tiny_folder), cache=cache_dir())
-    with torch.no_grad():
-        model.module.lm_head.weight.mul_(1e-3)
-    model.module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return load_model(str(folder), cache=cache_dir())
-
-
-@pytest.fixture(scope="module")
-def web(quiet, tmp_path_factory):
+def web(shared, quiet, tmp_path_factory):
     probe, threshold = fit_star_probe(quiet)
-    modes = {"star": {"prompt": "block", "response": "block"}}
-    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    plan = make_plan(
-        quiet,
-        tmp_path_factory.mktemp("store"),
-        [(probe, {"calibration": calibrated(threshold)})],
-        [*EAGER, *tools],
-        modes=modes,
-    )
-    running = Harness(plan)
-    force(running)
-    web = Web(running)
-    yield web
-    web.stop()
-    running.stop()
-
-
-class Forced:
-    """What the next requests must sample."""
-
-    bias: dict[str, float] | None = None
-
-
-def force(running):
-    generate = running.engine.generate
-
-    def forced(prompt, params, *args, **kwargs):
-        if Forced.bias is not None:
-            params.logit_bias = {int(i): v for i, v in Forced.bias.items()}
-            params.frequency_penalty = 2.0
-            params.temperature = 0.0
-        return generate(prompt, params, *args, **kwargs)
-
-    running.engine.generate = forced
+    published = [(probe, {"calibration": calibrated(threshold)})]
+    load(shared, quiet, tmp_path_factory.mktemp("store"), published, modes=blocking("star"))
+    with routes(shared) as web:
+        yield web
 
 
 def body(route, quiet, stream, n, **more):

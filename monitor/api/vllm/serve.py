@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.launcher import serve_http
 from monitor.api.app import bare_app
 from monitor.api.control import Serving
 from monitor.api.edge import Edge
+from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.others import other_routes
 from monitor.api.serve import EXIT_ENGINE_DIED, Door, Sinks, admin_door, announce, open_socket, plainly, summary
@@ -33,6 +34,7 @@ from monitor.engines.vllm.launch import Plan, Started, plan, started
 from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes
 from monitor.metrics import Metrics
+from monitor.metrics.expose import pulse
 
 # Routes of vLLM that do not generate and change nothing.
 _HARMLESS = frozenset(
@@ -71,7 +73,7 @@ def add_ours(app: FastAPI, running: Started, edge: Edge, metrics: Metrics) -> No
     engine, judge, model = running.engine, running.judge, running.plan.model
 
     async def readiness(_request: object) -> Response:
-        reason = "the engine has died" if engine.errored else None
+        reason = _unready(engine)
         metrics.ready.set(reason is None)
         if reason is not None:
             return JSONResponse({"status": "not ready", "reason": reason}, 503)
@@ -92,6 +94,10 @@ def add_ours(app: FastAPI, running: Started, edge: Edge, metrics: Metrics) -> No
     app.middleware_stack = edge.around(inner)
 
 
+def _unready(engine: Any) -> str | None:
+    return "the engine has died" if engine.errored else None
+
+
 def serve(settings: Settings, extra: Sequence[str]) -> int:
     """Run until a signal; returns the exit code. extra: vLLM's arguments
 
@@ -101,14 +107,15 @@ def serve(settings: Settings, extra: Sequence[str]) -> int:
         # vLLM would look for it in a header that goes no further than our own check.
         raise ConfigInvalid("VLLM_API_KEY is set, but the keys are midstream's: unset it and set MIDSTREAM_API_KEY")
     with contextlib.ExitStack() as stack:
+        remember_hangups()
         listener = stack.enter_context(open_socket(settings.host, settings.port))
         metrics = Metrics(REGISTRY)  # vLLM's own /metrics shows it
-        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key))
+        edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key), lambda: sinks.traffic)
         door = stack.enter_context(admin_door(edge))
         console = Console(stderr=True)
         with console.status(f"reading {settings.model} …"):
             prepared = plan(settings, extra)
-        sinks = Sinks(settings, metrics)
+        sinks = Sinks(settings, metrics, edge.spans)
         stack.callback(sinks.close)
         code: int = uvloop.run(_serve(prepared, listener, sinks, door, console))
         return code
@@ -118,14 +125,15 @@ async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, door: Do
     console.print(f"starting vLLM with {prepared.model.name} …", highlight=False)
     async with started(prepared, sinks) as running:
         app = await build(running, sinks.metrics, door.edge)
-        announce(sinks.metrics, prepared.live, lambda: float(running.judge.active), sinks)
+        announce(prepared.model.name, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))
         host, port = listener.getsockname()[:2]
         ready = f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)"
         saying = asyncio.create_task(_say_when_listening(app, console, ready))
         ordered = _note_shutdown(running.engine)
         async with door.beside(_serving(running), sinks, plainly(console)):
-            stopped = await serve_http(app, sock=listener, host=host, port=port, **door.edge.server_options())
+            with pulse(sinks.metrics, lambda: _unready(running.engine), sinks.beat):
+                stopped = await serve_http(app, sock=listener, host=host, port=port, **door.edge.server_options())
         saying.cancel()
         died = running.engine.errored and not ordered.is_set()
     await stopped

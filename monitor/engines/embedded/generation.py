@@ -83,7 +83,7 @@ class Generation:
     def judge(self, first: int, rows: Scores, n_new: int, finish: FinishReason | None, model: str) -> None:
         """Hand a step to the Watch, and what it releases to the client."""
         if self.request.trace is not None and self.index == 0 and len(rows):
-            self.request.trace(first, self.tokens[first : first + len(rows)], rows)
+            self.request.trace(first, self.tokens[first : first + len(rows)], self.watch.shown(rows))
         if self.request.given is None:
             self._hand_out(self.watch.advance(first, rows, n_new, finish), model)
         elif finish is None:

@@ -112,7 +112,9 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 def _in_shadow(
     probe: ProbeWeights, d_model: int, aggregation: Mapping[Phase, Aggregation]
 ) -> tuple[ProbeBank, tuple[Rule, ...]]:
-    rules = tuple(Rule(probe.name, "v0", 0, p, Mode.SHADOW, None, aggregation[p], "open") for p in Phase)
+    rules = tuple(
+        Rule(probe.name, "v0", 0, p, Mode.SHADOW, None, aggregation[p], "open", n_columns=probe.k) for p in Phase
+    )
     return ProbeBank([probe], d_model), rules
 
 
@@ -130,6 +132,25 @@ def prompt_values(
         watch = Watch(prompts[index], rules)
         watch.advance(0, score_streams(bank, streams))
         values[index] = _value(watch.readings()[0].value)
+    return values
+
+
+def given_values(
+    model: LoadedModel,
+    probe: ProbeWeights,
+    aggregation: Mapping[Phase, Aggregation],
+    given: Sequence[tuple[Prompt, tuple[int, ...]]],
+    progress: Progress = _silent,
+) -> list[float]:
+    """The served statistic of each answer, (prompt, its tokens), as if the model had sampled it; NaN without one."""
+    bank, rules = _in_shadow(probe, model.d_model, aggregation)
+    whole = [Prompt((*p.token_ids, *answer), p.turns, p.newest, p.format) for p, answer in given]
+    values = [float("nan")] * len(given)
+    for index, streams in residual_streams(model, whole, bank.layers, progress):
+        prompt, answer = given[index]
+        watch = Watch(prompt, rules)
+        watch.replay(0, score_streams(bank, streams), len(answer))
+        values[index] = _value(watch.readings(Phase.RESPONSE)[0].value)
     return values
 
 

@@ -26,7 +26,7 @@ class Bank:
 
 
 class Banks:
-    """rpc: calls a worker method by name; layers: the tapped blocks; width: probes that fit into a bank"""
+    """rpc: calls a worker method by name; layers: the tapped blocks; width: columns of a bank"""
 
     def __init__(self, rpc: Rpc, layers: tuple[int, ...], width: int) -> None:
         self._rpc, self._layers, self._width = rpc, layers, width
@@ -54,8 +54,8 @@ class Banks:
             )
         if len(live.bank) > self._width:
             raise ProbeMismatch(
-                f"{len(live.bank)} probes do not fit into {self._width} columns; restart the server with a larger "
-                "probe_columns"
+                f"{len(live.bank.columns)} probes do not fit into {self._width} columns, they need {len(live.bank)}; "
+                "restart the server with a larger probe_columns"
             )
         async with self._swapping:
             index = 0 if self._current is None else (self._current.index + 1) % N_BANKS

@@ -109,16 +109,16 @@ class Judge:
 
     def process_outputs(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        passed, n_tokens = [], 0
+        passed, n_tokens, sequels, width = [], 0, self._sequels, self._width
         for output in outputs:
-            sequel = self._sequels.get(output.request_id)
+            sequel = sequels.get(output.request_id)
             if sequel is None:  # aborted; vLLM ignores it too
                 if output.kv_transfer_params:
                     output.kv_transfer_params.pop(KEY, None)
                 passed.append(output)
                 continue
             n_tokens += len(output.new_token_ids)
-            if sequel.take(output, self._width):
+            if sequel.take(output, width):
                 passed.append(output)
             if sequel.watch.question is not None:
                 self._ask(sequel)
@@ -128,11 +128,12 @@ class Judge:
     def _pass_on(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """To vLLM's own method, and see which sequences have ended by it."""
         result = self._process(outputs, *args, **kwargs)
+        running = self._processor.request_states
         for output in outputs:
             request_id = output.request_id
             if output.stop_reason is BLOCKED:  # to vLLM the engine has ended it; it has not
                 result.reqs_to_abort.append(request_id)
-            if request_id not in self._processor.request_states:
+            if request_id not in running:
                 self._end(request_id, "stop")
         return result
 

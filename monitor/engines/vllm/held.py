@@ -27,9 +27,14 @@ class Held:
         released: tokens of the answer that may have gone on by now; final: what is left is dropped
         returns: False if nothing goes on yet; the output is then kept and joined to the next
         """
+        n = released - self.sent
+        if 0 < n == len(self._tokens) and self._waiting is self._logprobs is output.new_logprobs is None:
+            # What was held goes on, what is new is held: nearly every step.
+            output.new_token_ids, self._tokens = self._tokens, output.new_token_ids
+            self.sent = released
+            return True
         tokens = self._tokens + output.new_token_ids
         logprobs = _joined(self._logprobs, output.new_logprobs)
-        n = released - self.sent
         output.new_token_ids, self._tokens = tokens[:n], tokens[n:]
         output.new_logprobs = None if logprobs is None or n == 0 else _part(logprobs, slice(0, n))
         self._logprobs = None if logprobs is None or not self._tokens else _part(logprobs, slice(n, None))

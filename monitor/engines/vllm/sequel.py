@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from vllm.v1.engine import FinishReason as Finish
 from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.call import Call, blocks_prompt
 from monitor.engines.vllm.held import Held
-from monitor.engines.vllm.support import KEY
+from monitor.engines.vllm.support import KEY, N_BANKS
 from monitor.question import Question
 from monitor.sequence import Watch
 from monitor.types import FinishReason, Opening, Phase, Prompt, Record, Scores
@@ -37,6 +37,7 @@ class Sequel:
         self.call, self.bank, self.index, self.id = call, bank, index, request_id
         self._model = model
         self._k = len(bank.live.bank)
+        self._plain = False  # its prompt has its verdict, and nothing but the answer's next tokens is expected
         policy = bank.live.choose(call.caller)
         self.terms = policy.terms
         self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
@@ -52,11 +53,14 @@ class Sequel:
         width: columns of a bank in the rows that the output carries
         """
         params = output.kv_transfer_params
-        segments = params.pop(KEY, ()) if params else ()
+        segments: Sequence[tuple[int, bytes]] = params.pop(KEY, ()) if params else ()
         if params is not None and not params:
             output.kv_transfer_params = None
+        if self._plain and len(segments) == 1 and output.finish_reason is None and self.call.failed is None:
+            first, raw = segments[0]
+            return self._step(output, first, self._rows(raw, width))
         finish = None if output.finish_reason is None else _REASONS[output.finish_reason]
-        rows = self._rows(segments, width)
+        rows = [(first, self._rows(raw, width)) for first, raw in segments]
         if self.call.given is None:
             self._advance(rows, output.new_token_ids, finish)
         else:
@@ -65,6 +69,15 @@ class Sequel:
         if self.call.failed is not None and self.watch.finish is None:
             self.watch.end("aborted")  # another sequence of the call may not be answered: neither is this one
         return self._settle(output, finish)
+
+    def _step(self, output: Any, first: int, rows: Scores) -> bool:
+        """Nearly every output of an answer, without what the others need: each call is made for every token."""
+        watch, tokens = self.watch, output.new_token_ids
+        self.tokens += tokens
+        watch.advance(first, rows, len(tokens))
+        if watch.finish is not None:
+            return self._settle(output, None)
+        return self._held.exchange(output, watch.released, False)
 
     def resolve(self, second: float | None) -> tuple[Any, bool]:
         """The second judge has answered: an output of what that releases, and whether it may go on."""
@@ -82,9 +95,10 @@ class Sequel:
         call = self.call
         return self.watch.record(call.id, self.index, self._model, call.caller, self.terms.policy)
 
-    def _rows(self, segments: Iterable[tuple[int, bytes]], width: int) -> list[tuple[int, Scores]]:
-        bank, k = self.bank.index, self._k
-        return [(first, np.frombuffer(raw, np.float32).reshape(-1, 2, width)[:, bank, :k]) for first, raw in segments]
+    def _rows(self, raw: bytes, width: int) -> Scores:
+        """raw: (n, N_BANKS, width) float32; returns (n, K) of this bank, in one call of numpy's"""
+        size = 4 * N_BANKS * width
+        return np.ndarray((len(raw) // size, self._k), np.float32, raw, 4 * self.bank.index * width, (size, 4))
 
     def _advance(self, rows: list[tuple[int, Scores]], tokens: list[int], finish: FinishReason | None) -> None:
         *earlier, (first, last) = rows or [(self.watch.n_scored, np.empty((0, self._k), np.float32))]
@@ -92,7 +106,9 @@ class Sequel:
             self.watch.advance(at, part)
         if self.call.trace is not None and self.index == 0:
             for at, part in rows:
-                self.call.trace(at, self.tokens[at : at + len(part)], part)
+                # The self-test compares every projection; people see one score a probe.
+                shown = part if self.call.silent else self.watch.shown(part)
+                self.call.trace(at, self.tokens[at : at + len(part)], shown)
         self.tokens += tokens
         self.watch.advance(first, last, len(tokens), finish)
 
@@ -109,6 +125,7 @@ class Sequel:
         watch, call = self.watch, self.call
         if self.index not in call.openings and (watch.prompt_judged or watch.finish):
             call.openings[self.index] = Opening(self.terms, watch.readings(Phase.PROMPT))
+            self._plain = call.given is None and call.trace is None
         if finish is not None and watch.finish is None:
             self._ending = (output.finish_reason, output.stop_reason)
             output.finish_reason = output.stop_reason = None

@@ -1,0 +1,89 @@
+"""`midstream harvest`: labelled texts -> pooled features of any blocks, in shards that a killed run goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from monitor.config import load_settings
+from monitor.errors import ConfigInvalid
+
+
+class Pool(StrEnum):
+    mean = "mean"
+    last = "last"
+
+
+def harvest(
+    data: Annotated[list[str], typer.Option(help="JSONL, CSV, Parquet or hf://OWNER/NAME@COMMIT/FILE; repeat it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the shards; one that was begun is gone on with.")],
+    layers: Annotated[
+        str, typer.Option(help="Blocks: `middle`, `all`, or numbers and ranges like 5,10-15.")
+    ] = "middle",
+    pooling: Annotated[
+        list[Pool] | None, typer.Option(help="Over the newest turn's counted positions; repeat it. Default: mean.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--float16", help="Half the disk; about 3 digits.")] = False,
+    max_text_tokens: Annotated[int, typer.Option(min=8, help="A text is cut after so many.")] = 512,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Also write statistics-POOLING.safetensors.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Harvest features for training, once for any number of fits. Run it again to go on where it was killed."""
+    from rich.console import Console
+
+    from monitor.engines.embedded.model import load_model
+    from training.harvest import Sample, make_plan, statistics_of, unfinished
+    from training.harvest import harvest as run
+    from training.load import read_rows
+    from training.progress import progress
+
+    console = Console(stderr=True)
+    samples = [Sample.of(row) for file in data for row in read_rows(file)[0]]
+    settings = load_settings(config, model=model)
+    with console.status(f"loading {settings.model} …"):
+        loaded = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=settings.dtype)
+    plan = make_plan(
+        loaded,
+        samples,
+        blocks(layers, loaded.n_layers),
+        [p.value for p in pooling or [Pool.mean]],
+        "float16" if half else "float32",
+        max_text_tokens,
+    )
+    rows = sum(len(plan.rows_of(number)) for number in unfinished(out, plan))
+    with progress(console, "harvesting", rows) as tick:
+        made = run(loaded, samples, out, plan, tick)
+    if statistics:
+        for name in plan.poolings:
+            statistics_of(made, name).save(out / f"statistics-{name}.safetensors")
+    told = {"folder": str(out), "rows": plan.rows, "harvested": rows, "layers": plan.layers, "poolings": plan.poolings}
+    if as_json:
+        print(json.dumps(told))
+        return
+    console.print(f"{out}: {plan.rows} rows ({rows} of them now), layers {', '.join(map(str, plan.layers))}")
+
+
+def blocks(text: str, n_layers: int) -> list[int]:
+    """`middle`, `all`, or numbers and ranges, both ends included; raises: ConfigInvalid for anything else"""
+    if text in ("middle", "all"):
+        return [n_layers // 2] if text == "middle" else list(range(n_layers))
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= n_layers:
+            raise ConfigInvalid(
+                f"--layers {text!r}: write `middle`, `all`, or numbers and ranges like 5,10-15; "
+                f"the model has blocks 0 to {n_layers - 1}"
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)

@@ -1,0 +1,275 @@
+"""LocalObserver: streams of many conversations, read by one thread whose every step feeds whoever waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from monitor.config import Settings
+from monitor.errors import MidstreamError, Overloaded, RequestInvalid
+from monitor.live import ServedModel
+from monitor.observer.protocol import TooLong
+from monitor.observer.session import Cache, Session, pages
+from monitor.observer.turns import Turns
+from monitor.types import Scores
+
+_STEP_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """max_streams: open at once; max_opening: of them with a prompt that is not read yet; kv_tokens: that all streams
+    hold together (batches hold up to as much again); max_tokens: of one stream, None: as many as the model reads;
+    max_step_tokens: fed in a step, of all streams"""
+
+    max_streams: int = 256
+    max_opening: int = 64
+    kv_tokens: int = 65_536
+    max_tokens: int | None = None
+    max_step_tokens: int = _STEP_TOKENS
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        # An answer may wait for a step of prompts, so a step is kept shorter than an engine's.
+        step = min(settings.max_step_tokens, _STEP_TOKENS)
+        return cls(settings.max_concurrent, settings.max_queue, settings.kv_tokens, settings.max_model_len, step)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """Tokens that a stream waits to have read."""
+
+    stream: ObservedStream
+    token_ids: tuple[int, ...]
+    done: asyncio.Future[Scores]
+    opening: bool
+    rows: list[Scores] = field(default_factory=list)
+    n_read: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.token_ids) - self.n_read
+
+    @property
+    def length(self) -> int:
+        return self.stream.cache.length
+
+    def end(self, result: Scores | MidstreamError) -> None:
+        """From any thread."""
+
+        def tell() -> None:
+            if self.done.done():
+                return
+            if isinstance(result, MidstreamError):
+                self.done.set_exception(result)
+            else:
+                self.done.set_result(result)
+
+        with contextlib.suppress(RuntimeError):  # at shutdown the loop may be closed: nobody waits
+            self.done.get_loop().call_soon_threadsafe(tell)
+
+
+class ObservedStream:
+    """See `Stream`."""
+
+    def __init__(self, observer: LocalObserver, cache: Cache, n_probes: int) -> None:
+        self.scores: Scores = np.empty((0, n_probes), np.float32)
+        self.cache = cache
+        self.reserved = 0
+        """Tokens of the observer's memory that are this stream's."""
+        self.closed = False
+        self.job: Job | None = None
+        self._observer = observer
+
+    async def read(self, token_ids: Sequence[int]) -> Scores:
+        return await self._observer.read(self, token_ids)
+
+    def close(self) -> None:
+        self._observer.close_stream(self)
+
+
+class LocalObserver:
+    """See `Observer`. `start` it, `open` streams, `stop` it."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: ServedModel,
+        tokenizer: Any,
+        columns: Sequence[tuple[str, str]],
+        bounds: Bounds | None = None,
+    ) -> None:
+        bounds = bounds or Bounds()
+        self.model, self.tokenizer, self.template, self.columns = model, tokenizer, model.template, tuple(columns)
+        self.steps = 0
+        self.max_tokens = min(session.shape.max_tokens, bounds.max_tokens or bounds.kv_tokens, bounds.kv_tokens)
+        self._session, self._bounds = session, bounds
+        self._turns = Turns(bounds.max_step_tokens, bounds.kv_tokens // 2)
+        self._streams: set[ObservedStream] = set()
+        self._waiting: list[Job] = []
+        self._fed: frozenset[ObservedStream] = frozenset()
+        self._reserved = 0
+        self._stopping = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="midstream-observer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the step that runs; whoever still waits gets Overloaded, and so does everybody from now on."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def readiness(self) -> str | None:
+        """None while it can read, else the reason in a sentence."""
+        return None if self._thread.is_alive() and not self._stopping else "the observer does not run"
+
+    def describe(self) -> dict[str, int | str]:
+        with self._wake:
+            return {
+                "engine": "observer",
+                "active": len(self._streams),
+                "waiting": len(self._waiting),
+                "tokens": self._reserved,
+                "steps": self.steps,
+            }
+
+    # --- the event loop ---------------------------------------------------------------------------------------------
+
+    async def open(self, token_ids: Sequence[int]) -> ObservedStream:
+        """See `Observer`."""
+        stream = ObservedStream(self, Cache(self._session.shape), len(self.columns))
+        self._check(stream, token_ids)
+        with self._wake:
+            if len(self._streams) >= self._bounds.max_streams:
+                raise Overloaded(f"{len(self._streams)} conversations are read already; try again later")
+            if sum(job.opening for job in self._waiting) >= self._bounds.max_opening:
+                raise Overloaded(f"{self._bounds.max_opening} prompts are waiting already; try again later")
+            self._streams.add(stream)
+        try:
+            stream.scores = await self.read(stream, token_ids, opening=True)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def read(self, stream: ObservedStream, token_ids: Sequence[int], opening: bool = False) -> Scores:
+        """See `Stream.read`."""
+        self._check(stream, token_ids)
+        if not token_ids:
+            return np.empty((0, len(self.columns)), np.float32)
+        job = Job(stream, tuple(token_ids), asyncio.get_running_loop().create_future(), opening)
+        with self._wake:
+            self._admit(job)
+            self._wake.notify()
+        try:
+            return await job.done
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+
+    def _check(self, stream: ObservedStream, token_ids: Sequence[int]) -> None:
+        n, vocabulary = stream.cache.length + len(token_ids), self._session.shape.vocabulary
+        if n > self.max_tokens:
+            raise TooLong(f"the conversation has {n} tokens, the observer reads at most {self.max_tokens}")
+        # One id that is none would end the step of every stream that shares it.
+        if not all(0 <= i < vocabulary for i in token_ids):
+            raise RequestInvalid(f"a token id is not between 0 and {vocabulary - 1}")
+
+    def _admit(self, job: Job) -> None:
+        """Reserve its memory and let it wait. The lock is held."""
+        stream = job.stream
+        if self._stopping:
+            raise Overloaded("the observer is shutting down; try again later")
+        if stream.closed or stream.job is not None:
+            raise RuntimeError("a stream is read once at a time, and not after it is closed")
+        more = pages(stream.cache.length + len(job.token_ids)) - stream.reserved
+        if self._reserved + more > self._bounds.kv_tokens:
+            raise Overloaded(f"the observer holds {self._reserved} tokens already; try again later")
+        self._reserved += more
+        stream.reserved += more
+        stream.job = job
+        self._waiting.append(job)
+
+    def close_stream(self, stream: ObservedStream) -> None:
+        """See `Stream.close`."""
+        with self._wake:
+            if stream.closed:
+                return
+            stream.closed = True
+            if stream.job is not None and stream not in self._fed:
+                self._end(stream.job, MidstreamError("the stream was closed while it was read"))
+            if stream not in self._fed:  # else the thread does it, after the step
+                self._free(stream)
+
+    # --- the observer's thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._next()) is not None:
+                try:
+                    found = self._session.step([(job.stream.cache, job.token_ids[j:k]) for job, j, k in batch])
+                except Exception as error:  # of onnxruntime, which has no common class: only this batch has failed
+                    self._failed(batch, error)
+                else:
+                    self._took(batch, found)
+        finally:
+            with self._wake:
+                self._stopping = True
+                for job in list(self._waiting):
+                    self._end(job, Overloaded("the observer is shutting down; try again later"))
+
+    def _next(self) -> list[tuple[Job, int, int]] | None:
+        """Jobs, and which of their tokens; None at the end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._waiting)
+            if self._stopping:
+                return None
+            chosen = self._turns.choose(self._waiting)
+            self._fed = frozenset(job.stream for job, _ in chosen)
+            self.steps += 1
+            return [(job, job.n_read, job.n_read + n) for job, n in chosen]
+
+    def _took(self, batch: Sequence[tuple[Job, int, int]], found: Sequence[Scores]) -> None:
+        with self._wake:
+            self._fed = frozenset()
+            for (job, _, end), rows in zip(batch, found, strict=True):
+                job.rows.append(rows)
+                job.n_read = end
+                if job.stream.closed:
+                    self._end(job, MidstreamError("the stream was closed while it was read"))
+                    self._free(job.stream)
+                elif job.left == 0:
+                    self._end(job, np.concatenate(job.rows))
+                else:  # a long prompt goes behind the others after each part of it
+                    self._waiting.remove(job)
+                    self._waiting.append(job)
+
+    def _failed(self, batch: Sequence[tuple[Job, int, int]], error: Exception) -> None:
+        with self._wake:
+            self._fed = frozenset()
+            for job, _, _ in batch:
+                job.stream.closed = True
+                self._end(job, MidstreamError(f"the observer's step failed: {type(error).__name__}"))
+                self._free(job.stream)
+
+    def _end(self, job: Job, result: Scores | MidstreamError) -> None:
+        self._waiting.remove(job)
+        job.stream.job = None
+        job.end(result)
+
+    def _free(self, stream: ObservedStream) -> None:
+        self._streams.discard(stream)
+        self._reserved -= stream.reserved
+        stream.reserved = 0
+        stream.cache.clear()

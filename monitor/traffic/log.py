@@ -1,0 +1,280 @@
+"""The writer: finished records into the database, by one thread behind a bounded queue; and when they are there."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import DataError, IntegrityError
+
+from monitor.errors import ConfigInvalid
+from monitor.traffic.database import BUSY_S, FAILURES, Connect, Where, engine_of, make_file, migrate, reason, told
+from monitor.traffic.erase import CHUNK, DAY_S, drop_older, erase, keep_newest, scrub
+from monitor.traffic.receipts import Receipt, Receipts
+from monitor.traffic.review import count_unlabelled
+from monitor.traffic.rows import Row, row_of, write
+from monitor.traffic.tables import meta
+from monitor.traffic.text import Cipher, Said, digest, write_said
+from monitor.types import Record
+
+_BATCH = 1024
+_RETRY_S = 0.25
+_SWEEP_S = 60.0
+_ERASE_S = 60.0
+_MAX_TEXTS = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    record: Record
+    receipt: Receipt | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Something that has to come after every record before it."""
+
+    act: Callable[[Engine], int]
+    done: Future[int] = field(default_factory=Future)
+
+
+_Item = _Entry | Said | _Job | None
+
+
+class TrafficLog:
+    """`put` never blocks: a full queue drops the record and counts it. `close` writes what is queued.
+
+    where: a file, or PostgreSQL's URL; keep: newest records that stay, days: those older than that go, None: never
+    dropped: called with the number of records lost, from any thread
+    required: no answer is ended before its record is written, and none begun while none can be; wait_s: seconds that
+    the end of an answer waits for its record at most; cipher: keep texts, sealed with it
+    connect: opens SQLite; clock: seconds since the epoch
+    raises: ConfigInvalid if the log can't be opened, or the texts in it were sealed with another key
+    """
+
+    def __init__(
+        self,
+        where: Where,
+        keep: int,
+        queue_size: int,
+        dropped: Callable[[int], None],
+        *,
+        days: float | None = None,
+        required: bool = False,
+        wait_s: float = 1.0,
+        cipher: Cipher | None = None,
+        connect: Connect = sqlite3.connect,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.required, self.keeps_texts = required, cipher is not None
+        self.lost_texts = 0
+        self._where, self._keep, self._days, self._dropped = where, keep, days, dropped
+        self._wait_s, self._cipher, self._clock = wait_s, cipher, clock
+        self._queue: queue.Queue[_Item] = queue.Queue(queue_size)
+        self._texts = 0  # characters of them in the queue
+        self._texts_lock = threading.Lock()
+        self._receipts = Receipts()
+        self._failing = False  # the newest attempt to write
+        self._wrote = self._stalled = time.monotonic()  # newest batch written; since when somebody waited in vain
+        self._closing = threading.Event()
+        self._sweep_at = time.monotonic()
+        self._swept = 0
+        with told(where, "opened"):
+            if isinstance(where, Path):
+                make_file(where)
+            self._engine = engine_of(where, "new", connect)
+            try:
+                migrate(self._engine, create=True)
+                with self._engine.begin() as connection:
+                    self._salt: bytes = connection.scalars(select(meta.c.value).where(meta.c.name == "salt")).one()
+                    if cipher is not None:
+                        cipher.check(connection)
+            except BaseException:
+                self._engine.dispose()
+                raise
+        self._thread = threading.Thread(target=self._run, name="midstream-traffic", daemon=True)
+        self._thread.start()
+
+    # --- any thread -----------------------------------------------------------------------------------------------
+
+    def put(self, record: Record) -> None:
+        receipt = self._receipts.expect(record.request_id, record.index)
+        try:
+            self._queue.put_nowait(_Entry(record, receipt))
+        except queue.Full:
+            self._drop([receipt])
+
+    def say(self, said: Said) -> None:
+        """Texts of records that were put before. Dropped where there is no room, which `lost_texts` counts."""
+        with self._texts_lock:
+            fits = self._cipher is not None and self._texts + said.size <= _MAX_TEXTS
+            try:
+                if fits:
+                    self._queue.put_nowait(said)
+                    self._texts += said.size
+            except queue.Full:
+                fits = False
+            self.lost_texts += not fits
+
+    @property
+    def depth(self) -> int:
+        return self._queue.qsize()
+
+    @property
+    def refuses(self) -> bool:
+        """A record that came now could not be written, and it has to be."""
+        return self.required and (self._in_trouble or self._queue.full())
+
+    @property
+    def _in_trouble(self) -> bool:
+        return self._failing or self._stalled > self._wrote
+
+    def backlog(self) -> int:
+        """Kept records of flags, blocks and missing scores that nobody has labelled; reads the database.
+
+        raises: ConfigInvalid if it can't be read
+        """
+        return count_unlabelled(self._where)
+
+    def erase(self, key: str | None = None, request_id: str | None = None) -> int:
+        """As `erase`, after all that was put before. Waits for the writer, but not for ever. raises: ConfigInvalid"""
+        job = _Job(lambda engine: erase(engine, key, request_id))
+        try:
+            self._queue.put(job, timeout=BUSY_S)
+        except queue.Full:
+            raise ConfigInvalid("the log is busy with records that it can't write; try again later") from None
+        with told(self._where, "erased from"):
+            return job.done.result(_ERASE_S)
+
+    def digest(self, prompt: Any) -> str:
+        return digest(self._salt, prompt)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join()
+        self._engine.dispose()
+
+    # --- who ends an answer ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def followed(self, request_id: str) -> Iterator[Receipt]:
+        """A receipt of the request's records, inside of the block."""
+        receipt = self._receipts.open(request_id)
+        try:
+            yield receipt
+        finally:
+            self._receipts.close(request_id)
+
+    async def kept(self, receipt: Receipt) -> bool:
+        """Whether what ends an answer may go out: its record is written, or the log need not have it.
+
+        Of a log in trouble nobody waits for anything: then an answer goes out at once, or, if its record is required,
+        not at all.
+        """
+        if self._in_trouble and not self.required:
+            return True
+        began = time.monotonic()
+        written = await receipt.wait(self._wait_s)
+        if written is None:
+            self._stalled = max(self._stalled, began)
+        return written is True or not self.required
+
+    # --- the writer's thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            batch = self._take()
+            self._write([e for e in batch if isinstance(e, _Entry)], [e for e in batch if isinstance(e, Said)])
+            for item in batch:
+                if isinstance(item, _Job):
+                    self._do(item)
+            if None in batch:
+                return
+            self._sweep()
+
+    def _take(self) -> list[_Item]:
+        timeout = None if self._days is None else max(0.001, self._sweep_at - time.monotonic())
+        try:
+            batch = [self._queue.get(timeout=timeout)]
+        except queue.Empty:
+            return []
+        while len(batch) < _BATCH and not self._queue.empty():
+            batch.append(self._queue.get())
+        return batch
+
+    def _write(self, entries: Sequence[_Entry], texts: Sequence[Said]) -> None:
+        prepared = [(row, e.receipt) for e in entries if (row := self._row(e)) is not None]
+        receipts = [receipt for _, receipt in prepared]
+        while prepared or texts:
+            try:
+                self._commit([row for row, _ in prepared], texts)
+            except FAILURES as error:  # a full or failing disk must not stop traffic; the loss is counted
+                hopeless = isinstance(error, DataError | IntegrityError)  # it is the records, not the database
+                self._failing = not hopeless
+                if hopeless or not self.required or self._closing.wait(_RETRY_S):
+                    self._drop(receipts)
+                    self.lost_texts += len(texts)
+                    break
+            else:
+                self._failing, self._wrote = False, time.monotonic()
+                for receipt in receipts:
+                    if receipt is not None:
+                        receipt.settle(lost=False)
+                break
+        with self._texts_lock:
+            self._texts -= sum(t.size for t in texts)
+
+    def _commit(self, rows: Sequence[Row], texts: Sequence[Said]) -> None:
+        with self._engine.begin() as connection:
+            write(connection, rows)
+            keep_newest(connection, self._keep)
+            if texts and self._cipher is not None:
+                write_said(connection, self._cipher, texts)
+
+    def _row(self, entry: _Entry) -> Row | None:
+        receipt = entry.receipt
+        try:
+            return row_of(entry.record, None if receipt is None else receipt.digest)
+        except (TypeError, ValueError, RecursionError):  # one that JSON can't hold costs itself, not the thread
+            self._drop([receipt])
+            return None
+
+    def _drop(self, receipts: Sequence[Receipt | None]) -> None:
+        if receipts:
+            self._dropped(len(receipts))
+        for receipt in receipts:
+            if receipt is not None:
+                receipt.settle(lost=True)
+
+    def _do(self, job: _Job) -> None:
+        try:
+            job.done.set_result(job.act(self._engine))
+        except BaseException as error:  # is whoever waits for it's
+            job.done.set_exception(error)
+
+    def _sweep(self) -> None:
+        """What is too old, CHUNK at a time: records that wait are written in between."""
+        if self._days is None or time.monotonic() < self._sweep_at:
+            return
+        try:
+            with self._engine.begin() as connection:
+                gone = drop_older(connection, self._clock() - self._days * DAY_S)
+            self._swept += gone
+            if gone == CHUNK:
+                return
+            if self._swept and scrub(self._engine):
+                self._swept = 0
+        except FAILURES as error:
+            print(f"midstream: old records can't be dropped now ({reason(error)}); tried again soon", file=sys.stderr)
+        self._sweep_at = time.monotonic() + _SWEEP_S

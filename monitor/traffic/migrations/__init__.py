@@ -1,0 +1,1 @@
+"""Alembic's: `env` runs `versions`, in order, on the connection that the log has open."""

@@ -1,0 +1,9 @@
+"""Run by Alembic: on our connection, inside of our transaction."""
+
+from __future__ import annotations
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"])
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,80 @@
+"""Receipts: whether the records of a request are in the log yet, for whoever is about to end its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+
+class Receipt:
+    """Of one request. digest: of its prompt, for its records; choices: those that have a record
+
+    Records are counted in by `expect` and out by `settle`, from any thread; `wait` is awaited in an event loop.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.digest: str | None = None
+        self.choices: list[int] = []
+        self._lock = lock
+        self._open = self._lost = 0
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def expect(self, choice: int) -> None:
+        self.choices.append(choice)
+        self._open += 1
+
+    def settle(self, lost: bool) -> None:
+        with self._lock:
+            self._open -= 1
+            self._lost += lost
+            waiting, self._waiting = ([], self._waiting) if self._open else (self._waiting, [])
+        for loop, future in waiting:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_done, future)
+
+    async def wait(self, seconds: float) -> bool | None:
+        """True: every record so far is in the log; False: one is lost; None: not known within so many seconds"""
+        with self._lock:
+            if not self._open:
+                return not self._lost
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self._waiting.append((loop, future))
+        try:
+            async with asyncio.timeout(seconds):
+                await future
+        except TimeoutError:
+            return None
+        return not self._lost
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Receipts:
+    """Of the requests that are being answered, by request id; as many as the server answers at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: dict[str, Receipt] = {}
+
+    def open(self, request_id: str) -> Receipt:
+        receipt = Receipt(self._lock)
+        with self._lock:
+            self._of[request_id] = receipt
+        return receipt
+
+    def close(self, request_id: str) -> None:
+        with self._lock:
+            self._of.pop(request_id, None)
+
+    def expect(self, request_id: str, choice: int) -> Receipt | None:
+        """The receipt that waits for this record. A request that judges several texts names them ID, ID-1, ID-2, ..."""
+        with self._lock:
+            receipt = self._of.get(request_id.partition("-")[0])
+            if receipt is not None:
+                receipt.expect(choice)
+            return receipt

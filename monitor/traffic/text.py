@@ -1,0 +1,119 @@
+"""What was said: texts for the log, redacted and then encrypted with a key that the database never sees."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import Connection, insert, select
+
+from monitor.errors import ConfigInvalid
+from monitor.traffic.database import Where, opened
+from monitor.traffic.redact import redacted
+from monitor.traffic.tables import meta, records, said
+
+_NONCE = 12
+_CHECK = b"midstream"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One request's texts. prompt: what the client sent, as JSON has it; answers: what went out, by choice"""
+
+    request_id: str
+    prompt: Any
+    answers: Mapping[int, str]
+
+    @property
+    def size(self) -> int:
+        """Characters, roughly."""
+        return len(str(self.prompt)) + sum(map(len, self.answers.values()))
+
+
+class Cipher:
+    """AES-256-GCM; every text is bound to its record's request and choice. key: 32 bytes in base64
+
+    raises: ConfigInvalid, which never quotes the key
+    """
+
+    def __init__(self, key: str | None) -> None:
+        remedy = "make one with: openssl rand -base64 32"
+        if not key:
+            raise ConfigInvalid(f"texts need MIDSTREAM_LOG_KEY, 32 bytes in base64; {remedy}")
+        try:
+            raw = base64.b64decode(key, validate=True)
+        except (binascii.Error, ValueError):
+            raise ConfigInvalid(f"log_key is not base64; {remedy}") from None
+        if len(raw) != 32:
+            raise ConfigInvalid(f"log_key has {len(raw)} bytes, it must have 32; {remedy}")
+        self._aes = AESGCM(raw)
+
+    def seal(self, plain: bytes, about: str) -> bytes:
+        nonce = secrets.token_bytes(_NONCE)
+        return nonce + self._aes.encrypt(nonce, plain, about.encode())
+
+    def open(self, sealed: bytes, about: str) -> bytes:
+        """raises: ConfigInvalid if another key, or nobody, has sealed this about that"""
+        try:
+            return self._aes.decrypt(sealed[:_NONCE], sealed[_NONCE:], about.encode())
+        except InvalidTag:
+            raise ConfigInvalid(
+                "log_key is not the key that the texts were sealed with; set the right MIDSTREAM_LOG_KEY, or give the "
+                "texts up: midstream log erase --texts"
+            ) from None
+
+    def check(self, connection: Connection) -> None:
+        """The first key that a log sees is its own from then on. raises: ConfigInvalid for another one"""
+        known = connection.scalar(select(meta.c.value).where(meta.c.name == "key"))
+        if known is None:
+            connection.execute(insert(meta), {"name": "key", "value": self.seal(_CHECK, "key")})
+        else:
+            self.open(known, "key")
+
+
+def write_said(connection: Connection, cipher: Cipher, texts: Sequence[Said]) -> None:
+    """Of records that are there. raises: SQLAlchemyError"""
+    rows = []
+    for one in texts:
+        prompt = redacted(one.prompt)
+        for choice, answer in one.answers.items():
+            query = select(records.c.id).where(records.c.request_id == one.request_id, records.c.choice == choice)
+            number = connection.scalar(query)
+            if number is not None:
+                plain = json.dumps({"prompt": prompt, "answer": redacted(answer)}).encode()
+                rows.append({"record": number, "sealed": cipher.seal(plain, _about(one.request_id, choice))})
+    if rows:
+        connection.execute(insert(said), rows)
+
+
+def find_said(where: Where, request_id: str, cipher: Cipher) -> dict[int, dict[str, Any]]:
+    """The kept texts of one request by choice: {prompt, answer}. raises: ConfigInvalid; for a wrong key too"""
+    query = (
+        select(records.c.choice, said.c.sealed)
+        .join_from(records, said, said.c.record == records.c.id)
+        .where(records.c.request_id == request_id)
+        .order_by(records.c.choice)
+    )
+    with opened(where) as connection:
+        return {
+            choice: json.loads(cipher.open(sealed, _about(request_id, choice)))
+            for choice, sealed in connection.execute(query)
+        }
+
+
+def digest(salt: bytes, prompt: Any) -> str:
+    """Tells whether two prompts are the same, to nobody who has not this log's salt. prompt: as JSON has it"""
+    plain = json.dumps(prompt, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(plain, key=salt, digest_size=16).hexdigest()
+
+
+def _about(request_id: str, choice: int) -> str:
+    return f"{request_id}:{choice}"

@@ -1,0 +1,139 @@
+"""Promote and roll back: which version of a probe is live. live.json is replaced whole or not at all.
+
+Beside the version in service it keeps the one before, under `model/probe@previous`, to go back to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from monitor.errors import ConfigInvalid, ProbeInvalid, ProbeMismatch
+from probes_store.card import Card
+from probes_store.store import Store, model_slug
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """live: the version that is served from the next start on; previous: the one to go back to, if there is one"""
+
+    probe: str
+    live: str
+    previous: str | None
+
+
+def promote(store: Store, model: str, probe: str, version: str, other_model: bool = False) -> Choice:
+    """Make a version live; the one before is kept to go back to.
+
+    other_model: the model itself was changed, so the card need not agree with the version that is live now
+    raises: ConfigInvalid if there is no such version or live.json can't be written, ProbeInvalid if the version is
+    damaged, ProbeMismatch if it belongs to another model
+    """
+    card = store.load(model, probe, version).card
+    if model_slug(card.model.name) != model:
+        raise ProbeMismatch(
+            f"{probe} {version} lies under {model!r}, its card is for {card.model.name!r}; train it again"
+        )
+    with _editing(store) as chosen:
+        before = _serving(store, chosen, model, probe)
+        if before is not None and not other_model:
+            with suppress(ProbeInvalid):  # a damaged version is what one promotes away from
+                _same_model(card, store.load(model, probe, before).card)
+        return _choose(chosen, model, probe, version, before)
+
+
+def rollback(store: Store, model: str, probe: str) -> Choice:
+    """Go back to the version that was live before; once more comes back again.
+
+    raises: ConfigInvalid if none is kept, ProbeInvalid if it is damaged
+    """
+    with _editing(store) as chosen:
+        version = chosen.get(f"{model}/{probe}@previous")
+        if version is None:
+            raise ConfigInvalid(
+                f"no earlier version of {probe!r} is kept for {model!r}; "
+                f"name one: midstream probe promote {probe} VERSION"
+            )
+        store.load(model, probe, version)
+        return _choose(chosen, model, probe, version, _serving(store, chosen, model, probe))
+
+
+def pin(store: Store, model: str, probe: str) -> None:
+    """Write down the version that is live, so that a newer one in the store does not take its place."""
+    if probe not in store.probes(model):
+        return
+    with _editing(store) as chosen:
+        version = _serving(store, chosen, model, probe)
+        if version is not None:
+            chosen.setdefault(f"{model}/{probe}", version)
+
+
+def _serving(store: Store, chosen: dict[str, str], model: str, probe: str) -> str | None:
+    versions = store.versions(model, probe)
+    version = chosen.get(f"{model}/{probe}", next(reversed(versions), None))
+    return version if version in versions else None
+
+
+def _choose(chosen: dict[str, str], model: str, probe: str, version: str, before: str | None) -> Choice:
+    key = f"{model}/{probe}"
+    chosen[key] = version
+    if before not in (None, version):
+        chosen[f"{key}@previous"] = str(before)
+    return Choice(probe, version, chosen.get(f"{key}@previous"))
+
+
+def _same_model(card: Card, live: Card) -> None:
+    checks = (
+        ("model", live.model.fingerprint, card.model.fingerprint),
+        ("width", live.d_model, card.d_model),
+        ("number of layers", live.model.n_layers, card.model.n_layers),
+        ("chat template", live.template_hash[:16], card.template_hash[:16]),
+        ("position rule", live.position_rule, card.position_rule),
+    )
+    for what, wanted, have in checks:
+        if wanted != have:
+            raise ProbeMismatch(
+                f"{card.name} {card.version} was trained with {what} {have!r}, the live {live.version} with "
+                f"{wanted!r}; train it on the model that is served, or add --other-model if that is what changed"
+            )
+
+
+@contextmanager
+def _editing(store: Store) -> Iterator[dict[str, str]]:
+    """live.json's content, to change; written when the block ends well. One process at a time."""
+    if store.overlay is None:
+        raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
+    try:
+        store.overlay.mkdir(parents=True, exist_ok=True)
+        lock = (store.overlay / ".live.lock").open("w")
+    except OSError as error:
+        raise ConfigInvalid(f"store {str(store.overlay)!r} can't be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigInvalid(f"another process is changing {store.overlay / 'live.json'}; try again") from error
+        chosen = store.choices()
+        yield chosen
+        _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, after a power failure too."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".live-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

@@ -1,0 +1,167 @@
+"""Prometheus and Alertmanager for tests: found on PATH or unpacked from Debian's packages, run on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+PACKAGES = ("prometheus", "prometheus-alertmanager")
+NAMES = {  # Debian calls the one that would be taken otherwise by its package
+    "prometheus": ("prometheus",),
+    "promtool": ("promtool",),
+    "alertmanager": ("alertmanager", "prometheus-alertmanager"),
+    "amtool": ("amtool",),
+}
+UNPACKED = Path(sys.prefix) / "debian"
+# Where Debian's Alertmanager has its templates, and the same place seen from /: as long, so it can be written into it.
+TEMPLATES, RELATIVE = b"/usr/share/prometheus/alertmanager", b"usr//share/prometheus/alertmanager"
+
+
+class Unavailable(Exception):
+    """The programs are not on PATH, and apt can't give them; why, in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    prometheus: Path
+    promtool: Path
+    alertmanager: Path
+    amtool: Path
+
+
+def find_tools() -> Tools:
+    """From PATH, else from the packages unpacked before, else from apt. raises: Unavailable"""
+    found = _look(os.environ.get("PATH", "")) or _look(str(UNPACKED / "usr/bin"))
+    if found is None:
+        _unpack()
+        found = _look(str(UNPACKED / "usr/bin"))
+    if found is None:
+        raise Unavailable(f"the packages {', '.join(PACKAGES)} lack one of {', '.join(NAMES)}")
+    return found
+
+
+def _look(path: str) -> Tools | None:
+    found = {}
+    for tool, names in NAMES.items():
+        where = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
+        if where is None:
+            return None
+        found[tool] = Path(where)
+    return Tools(**found)
+
+
+def _unpack() -> None:
+    """Only files: no installation, so no system service is started and no root is needed. raises: Unavailable"""
+    missing = [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]
+    if missing:
+        raise Unavailable(f"no {' and no '.join(NAMES)} on PATH, and no {' or '.join(missing)} to get them with")
+    with tempfile.TemporaryDirectory(dir=sys.prefix) as scratch:
+        folder = Path(scratch)
+        _download(folder)
+        for package in folder.glob("*.deb"):
+            _run(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], folder)
+        program = folder / "unpacked/usr/bin/prometheus-alertmanager"
+        program.write_bytes(program.read_bytes().replace(TEMPLATES, RELATIVE))
+        with contextlib.suppress(OSError):  # another test run was first: the same files
+            (folder / "unpacked").rename(UNPACKED)
+
+
+def _download(folder: Path) -> None:
+    # apt would give downloads to a user of its own, which may not write here.
+    apt = ["apt-get", "-q", "-o", "APT::Sandbox::User=root"]
+    try:
+        _run([*apt, "download", *PACKAGES], folder)
+    except Unavailable:  # no list of packages yet, or an old one: a list of our own needs no root
+        for part in ("lists", "cache"):
+            (folder / part / "partial").mkdir(parents=True)
+        own = ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+        _run([*apt, *own, "update"], folder)
+        _run([*apt, *own, "download", *PACKAGES], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise Unavailable(f"{command[0]} has failed: {done.stderr.strip()[-500:]}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], ready: str, log: Path, timeout_s: float = 60) -> Iterator[subprocess.Popen[bytes]]:
+    """A program whose URL `ready` answers 200; ended when the block is left. command: with absolute paths
+
+    raises: AssertionError with the end of its log if it ends or hangs before
+    """
+    with log.open("wb") as out:
+        root = UNPACKED if UNPACKED.is_dir() else None
+        process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not _answers(ready):
+            alive = process.poll() is None and time.monotonic() < deadline
+            assert alive, f"{command[0]} did not come up: {log.read_text()[-2000:]}"
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextlib.contextmanager
+def prometheus(tools: Tools, config: Path, folder: Path) -> Iterator[str]:
+    """Its URL; a POST to /-/reload makes it read its files again. config: a prometheus.yml; folder: scratch"""
+    port = free_port()
+    command = [
+        str(tools.prometheus),
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'prometheus'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--web.enable-lifecycle",
+        "--log.level=warn",
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/-/ready", folder / "prometheus.log"):
+        yield url
+
+
+@contextlib.contextmanager
+def alertmanager(tools: Tools, config: Path, folder: Path) -> Iterator[str]:
+    """Its URL. config: an alertmanager.yml; folder: scratch"""
+    port = free_port()
+    command = [
+        str(tools.alertmanager),
+        f"--config.file={config}",
+        f"--storage.path={folder / 'alertmanager'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--cluster.listen-address=",  # alone: no gossip, no port of its own
+        "--log.level=warn",
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/-/ready", folder / "alertmanager.log"):
+        yield url

@@ -1,0 +1,177 @@
+"""The release gate: may a probe go into service? A pure decision over arrays, each check with its interval.
+
+A check that the rows can't settle is INCONCLUSIVE, never a pass: it says how many more rows would settle it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from probes_store.calibration import clopper_pearson
+from training import metrics
+from training.metrics import Array, Figure, Flips, Sample, Unsupported
+
+STALE_HIGH, STALE_LOW = 2.0, 0.5
+"""Times the target that a false-positive rate may be."""
+MARGIN = 0.02
+"""Of AUROC, and of recall on flipped rows: what a candidate may lose to the live probe."""
+_MOST_ROWS = 1_000_000
+
+
+class Verdict(enum.StrEnum):
+    PASS = "PASS"  # noqa: S105 - not a password
+    INCONCLUSIVE = "INCONCLUSIVE"
+    STALE = "THRESHOLD STALE"
+    DEGRADED = "DEGRADED"
+
+
+EXIT_CODE = {Verdict.PASS: 0, Verdict.STALE: 10, Verdict.DEGRADED: 11, Verdict.INCONCLUSIVE: 12}
+# The worst of the checks is the gate's: a new threshold does not mend a probe that ranks worse.
+_SEVERITY = list(Verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The frozen rows, and what each judge says of them; all arrays (n,), in the same order.
+
+    labels: 1 harmful, 0 harmless; groups: rows that belong together; candidate, live: served values; floor: of the
+    text floor, fitted on the candidate's training rows; None: there is none to compare with
+    noise: largest difference of a value between two runs
+    """
+
+    labels: npt.NDArray[np.int64]
+    groups: Sequence[str]
+    candidate: Array
+    threshold: float
+    target_fpr: float
+    live: Array | None = None
+    live_threshold: float | None = None
+    floor: Array | None = None
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """figure: None where the rows can't support one; wanted: of its interval; note: what follows"""
+
+    name: str
+    figure: Figure | None
+    wanted: str
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    verdict: Verdict
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODE[self.verdict]
+
+
+def decide(evidence: Evidence) -> Decision:
+    """raises: ValueError if the arrays don't belong together or a value is not finite"""
+    e = evidence
+    candidate = Sample.of(e.candidate, e.labels, e.groups)
+    checks = [_false_positives(e)]
+    if e.live is not None:
+        checks.append(_difference("AUROC - live's", candidate, Sample.of(e.live, e.labels, e.groups), -MARGIN))
+        if e.live_threshold is not None:
+            checks.append(_recall(e, e.live, e.live_threshold))
+    if e.floor is None:
+        note = "the rows that the candidate was trained on are needed for it"
+        checks.append(Check("AUROC - text floor's", None, "above 0", Verdict.INCONCLUSIVE, note))
+    else:
+        checks.append(_difference("AUROC - text floor's", candidate, Sample.of(e.floor, e.labels, e.groups), 0.0))
+    return Decision(max((c.verdict for c in checks), key=_SEVERITY.index), tuple(checks))
+
+
+def _false_positives(e: Evidence) -> Check:
+    harmless = np.flatnonzero(e.labels == 0)
+    values, groups = e.candidate[harmless], [e.groups[i] for i in harmless]
+    wanted = f"{STALE_LOW * e.target_fpr:.2%} to {STALE_HIGH * e.target_fpr:.2%}"
+    try:
+        seen = metrics.share_above(values, e.threshold, groups)
+        # A value within the noise of the threshold may be above it in the next run, or not.
+        low = metrics.share_above(values, e.threshold + e.noise, groups).low
+        high = metrics.share_above(values, e.threshold - e.noise, groups).high
+    except Unsupported as error:
+        return Check("false-positive rate", None, wanted, Verdict.INCONCLUSIVE, str(error))
+    verdict, note = _band(low, high, e.target_fpr), ""
+    if verdict is Verdict.STALE and low > e.target_fpr:
+        note = "calibrate it again on harmless rows like these: it flags more of them than it is certified for"
+    elif verdict is Verdict.STALE:
+        note = "calibrate it again, on more rows: its threshold is higher than it needs to be"
+    elif verdict is Verdict.INCONCLUSIVE:
+        note = _more_rows(seen, e.target_fpr)
+    return Check("false-positive rate", Figure(seen.value, low, high, seen.n), wanted, verdict, note)
+
+
+def _band(low: float, high: float, target: float) -> Verdict:
+    if low > STALE_HIGH * target or high < STALE_LOW * target:
+        return Verdict.STALE
+    inside = STALE_LOW * target <= low and high <= STALE_HIGH * target
+    return Verdict.PASS if inside else Verdict.INCONCLUSIVE
+
+
+def _more_rows(seen: Figure, target: float) -> str:
+    if _band(*clopper_pearson(round(seen.value * seen.n), seen.n), target) is not Verdict.INCONCLUSIVE:
+        return "rows that share groups, or lie within the noise of the threshold, leave it open: add others"
+    more = benign_rows_needed(seen.value, seen.n, target)
+    return "its rate lies on an edge: more rows won't tell" if more is None else f"{more} more benign rows needed"
+
+
+def benign_rows_needed(rate: float, n: int, target_fpr: float) -> int | None:
+    """How many harmless rows more settle the check of the false-positive rate, if the rate stays what it was over n;
+    None if a million don't."""
+    from scipy.stats import beta
+
+    total = np.unique(np.geomspace(n + 1, max(n + 2, _MOST_ROWS), 4000).astype(np.int64))
+    hits = np.rint(rate * total)
+    # Clopper and Pearson's ends; of no hits, and of nothing but hits, the beta distribution has none.
+    low = np.where(hits == 0, 0.0, beta.ppf(0.025, np.maximum(hits, 1), total - hits + 1))
+    high = np.where(hits == total, 1.0, beta.ppf(0.975, hits + 1, np.maximum(total - hits, 1)))
+    low_edge, high_edge = STALE_LOW * target_fpr, STALE_HIGH * target_fpr
+    settled = (low > high_edge) | (high < low_edge) | ((low >= low_edge) & (high <= high_edge))
+    return int(total[settled.argmax()]) - n if settled.any() else None
+
+
+def _difference(name: str, candidate: Sample, other: Sample, edge: float) -> Check:
+    wanted = f"above {edge:g}"
+    try:
+        figure = metrics.paired(metrics.auroc, candidate, other)
+    except Unsupported as error:
+        return Check(name, None, wanted, Verdict.INCONCLUSIVE, str(error))
+    if figure.high < edge:
+        return Check(name, figure, wanted, Verdict.DEGRADED, "train it again: what it is compared with ranks better")
+    if figure.low > edge:
+        return Check(name, figure, wanted, Verdict.PASS)
+    away = figure.value - edge
+    width = figure.value - figure.low if away > 0 else figure.high - figure.value
+    # An interval narrows with the square root of the rows.
+    more = figure.n * ((width / away) ** 2 - 1) if away else float("inf")
+    note = "it lies on the edge: more rows won't tell" if more > _MOST_ROWS else f"about {round(more)} more rows needed"
+    return Check(name, figure, wanted, Verdict.INCONCLUSIVE, note)
+
+
+def _recall(e: Evidence, live: Array, live_threshold: float) -> Check:
+    """Harmful rows that only one of the two flags, each at its threshold."""
+    harmful = e.labels == 1
+    ours, theirs = e.candidate[harmful] > e.threshold, live[harmful] > live_threshold
+    flips: Flips = metrics.mcnemar(ours, theirs)
+    recall = metrics.share_above(
+        e.candidate[harmful], e.threshold, [g for g, h in zip(e.groups, harmful, strict=True) if h]
+    )
+    lost = (flips.only_other - flips.only_one) / len(ours)
+    verdict = Verdict.PASS
+    if lost > MARGIN:
+        verdict = Verdict.DEGRADED if flips.p < 0.05 else Verdict.INCONCLUSIVE
+    note = f"live {theirs.mean():.1%}; {flips.only_one} rows won, {flips.only_other} lost, McNemar p = {flips.p:.2g}"
+    return Check("recall", recall, f"at most {MARGIN:.0%} lost", verdict, note)
