@@ -33,7 +33,7 @@ class Serving:
     model: str
 
     def probes(self) -> list[str]:
-        return [p.card.name for p in self.live().probes]
+        return [p.name for p in self.live().probes]
 
 
 def operations(
@@ -61,8 +61,7 @@ def operations(
 
 def show_probes(metrics: Metrics, live: LiveProbes) -> None:
     """Probes and thresholds in service, as metrics, and what their cards say of benign values."""
-    cards = [p.card for p in live.probes]
-    known = {c.name: c.calibration for c in cards}
+    known = {p.name: p.card.calibration for p in live.probes}
     references = {}
     for form, rules in live.rules.items():
         for rule in rules:
@@ -70,5 +69,5 @@ def show_probes(metrics: Metrics, live: LiveProbes) -> None:
             if rule.threshold is not None and calibration is not None:
                 target = calibration.rate(rule.threshold)
                 references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
-    shown = [(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards]
+    shown = [(p.name, p.card.version, p.card.sha256, ",".join(map(str, p.card.layers))) for p in live.probes]
     metrics.probes(shown, live.rules, references, live.policies)

@@ -269,9 +269,9 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
         table.add_column(column)
     for probe in live.probes:
         for form, rules in live.rules.items():
-            own = {r.phase: r for r in rules if r.probe == probe.card.name}
+            own = {r.phase: r for r in rules if r.probe == probe.name}
             cells = [f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" above {t:.2f}") for p in Phase]
             layers = ",".join(map(str, probe.card.layers))
             route = "chat" if form == "chat" else "completions"
-            table.add_row(probe.card.name, probe.card.version, layers, route, *cells)
+            table.add_row(probe.name, probe.card.version, layers, route, *cells)
     return table

@@ -80,5 +80,5 @@ def load(settings: Settings, int8: bool = False) -> Loaded:
     session = Session(built, settings.threads, bounds.kv_tokens // 2)
     tolerance = settings.canary_tolerance or (INT8_TOLERANCE if int8 else None)
     off = live.check_canaries(model.template, lambda p: session.score(p.token_ids, bounds.max_step_tokens), tolerance)
-    columns = [(p.card.name, p.card.version) for p in live.probes for _ in range(p.card.projections)]
+    columns = [(p.name, p.card.version) for p in live.probes for _ in range(p.card.projections)]
     return Loaded(LocalObserver(session, model, tokenizer, columns, bounds), live, built, off)
