@@ -163,7 +163,10 @@ def _editing(store: Store, tried: Tried | None = None) -> Iterator[dict[str, str
         yield chosen
         if tried is not None:
             tried(chosen)
-        _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        try:
+            _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise ConfigInvalid(f"store {str(store.overlay)!r} can't be written: {error.strerror}") from error
 
 
 def _replace(path: Path, text: str) -> None:

@@ -81,6 +81,9 @@ class Store:
                 found |= {p.name: p for p in folder.iterdir() if p.is_dir() and _VERSION.match(p.name)}
         return dict(sorted(found.items(), key=lambda item: int(item[0][1:])))
 
+    def newest(self, model: str, probe: str) -> str | None:
+        return next(reversed(self.versions(model, probe)), None)
+
     def probes(self, model: str) -> list[str]:
         names: set[str] = set()
         for root in (self.shipped, self.overlay):

@@ -75,17 +75,22 @@ class EmbeddedEngine:
             self._sets.put(live, self._schedule.probes)
 
     def try_out(self, live: LiveProbes, timeout_s: float = 60.0) -> float:
-        """Score the canaries of probes that are not in service yet; returns the largest difference, in logits. Waits,
-        so not for the engine's thread, nor an event loop's.
+        """Score the canaries of probes that are not in service yet; returns the largest difference, in logits, 0 for
+        those of a set that was tried before. Waits, so not for the engine's thread, nor an event loop's.
 
         raises: ProbeMismatch if a canary is off, Overloaded
         """
         with self._wake:
             self._check_open()
-            trial = Trial(self._model, self._sets.of(live, self._schedule.probes), live)
+            probes = self._sets.of(live, self._schedule.probes)
+            if probes.verified:
+                return 0.0
+            trial = Trial(self._model, probes, live)
             self._beside += trial.generations
             self._wake.notify()
-        return trial.check(self._settings.canary_tolerance, timeout_s)
+        off = trial.check(self._settings.canary_tolerance, timeout_s)
+        probes.verified = True
+        return off
 
     def start(self) -> None:
         self._thread.start()

@@ -19,11 +19,13 @@ MOST_SETS = 4
 
 
 class ProbeSet:
-    """live: the probes, whose policy may be replaced; the bank stays. tap: made by the first pass that reads it"""
+    """live: the probes, whose policy may be replaced; the bank stays. tap: made by the first pass that reads it;
+    verified: its canaries have been scored"""
 
     def __init__(self, live: LiveProbes) -> None:
         self.live = live
         self.tap: Tap | None = None
+        self.verified = False
 
     @property
     def k(self) -> int:
@@ -31,10 +33,11 @@ class ProbeSet:
 
 
 class Sets:
-    """The set in service, and those before it that sequences still run on. The engine's lock is held around it."""
+    """The set in service, the one before (a roll-back needs no look at it again), and those that sequences still run
+    on. The engine's lock is held around it."""
 
     def __init__(self, live: LiveProbes) -> None:
-        self.current = ProbeSet(live)
+        self.current = self.before = ProbeSet(live)
         self.held = [self.current]
 
     def of(self, live: LiveProbes, in_use: Iterable[ProbeSet]) -> ProbeSet:
@@ -42,7 +45,7 @@ class Sets:
 
         in_use: what sequences run on. raises: Overloaded if these are too many
         """
-        used = {*in_use, self.current}
+        used = {*in_use, self.current, self.before}
         self.held = [s for s in self.held if s in used]
         for one in self.held:
             if one.live.bank.same(live.bank):
@@ -56,7 +59,8 @@ class Sets:
         """Serve it from now on. raises: Overloaded"""
         one = self.of(live, in_use)
         one.live = live
-        self.current = one
+        if one is not self.current:
+            self.before, self.current = self.current, one
 
 
 class Forward:

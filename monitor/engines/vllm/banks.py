@@ -50,7 +50,7 @@ class Banks:
             self._current = await self._fill(live, timeout_s)
             return self._current
 
-    async def stage(self, live: LiveProbes, timeout_s: float = 60.0) -> Bank:
+    async def stage(self, live: LiveProbes, timeout_s: float = 5.0) -> Bank:
         """The bank that `live` lies in from now on, not in service yet. A set that a bank still holds, like the one
         before a promotion, is not loaded again: what the prefix cache has of it counts on.
 
