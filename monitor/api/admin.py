@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from monitor import __version__
 from monitor.api.admin_guard import AdminGuard
+from monitor.api.admin_probes import ProbeOperations, probe_routes
 from monitor.api.errors import ApiError, from_domain, unavailable, validation
 from monitor.api.events import EventStream
 from monitor.audit import Audit
@@ -65,7 +66,7 @@ class Tracer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Operations:
     """What the routes do. engine: what serves; records: of one request id, by choice; erase: the records of a key's
-    name or of a request id, and how many there were; None: there is no such route"""
+    name or of a request id, and how many there were; None: there is no such route; probes: likewise"""
 
     engine: Callable[[], Mapping[str, Any]]
     policies: Policies
@@ -75,6 +76,7 @@ class Operations:
     offenders: Offenders
     tracer: Tracer
     erase: Callable[[str | None, str | None], int] | None = None
+    probes: ProbeOperations | None = None
 
 
 class _Message(BaseModel):
@@ -116,6 +118,8 @@ def create_admin(
     _reading(app, operations)
     _changing(app, operations)
     _scoring(app, operations.tracer)
+    if operations.probes is not None:
+        probe_routes(app, operations.probes)
     _errors(app)
     return AdminGuard(
         app,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import socket
@@ -31,13 +32,12 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.errors import ConfigInvalid, MidstreamError
-from monitor.live import LiveProbes, load_live
+from monitor.live import LiveProbes, ServedModel, load_live
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
 from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
-from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, TrafficLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
@@ -164,7 +164,7 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic)
+        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic, say)
 
         def counted(outcome: str) -> None:
             metrics.admin_requests.labels(outcome).inc()
@@ -235,7 +235,7 @@ def serve(settings: Settings) -> int:
         app = create_app(service, metrics, engine.readiness, edge, others)
         bound_s = max(1, round(settings.shutdown_timeout_s))
         config = uvicorn.Config(app, timeout_graceful_shutdown=bound_s, **edge.server_options())
-        beside = door.beside(embedded(engine, model.template), sinks, plainly(console))
+        beside = door.beside(embedded(engine, model.served()), sinks, plainly(console))
         server.append(Server(config, engine, beside))
         engine.start()
         console.print(summary(model.name, model.dtype, live, off))
@@ -246,11 +246,14 @@ def serve(settings: Settings) -> int:
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
-def embedded(engine: EmbeddedEngine, template: ChatTemplate) -> Serving:
+def embedded(engine: EmbeddedEngine, model: ServedModel) -> Serving:
     def put(live: LiveProbes) -> None:
         engine.live = live
 
-    return Serving(engine.describe, lambda: engine.live, put, EmbeddedScorer(engine), template, engine.model_name)
+    async def stage(live: LiveProbes) -> None:
+        await asyncio.to_thread(engine.try_out, live)
+
+    return Serving(engine.describe, lambda: engine.live, put, stage, EmbeddedScorer(engine), model)
 
 
 def announce(model: str, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
@@ -269,9 +272,9 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
         table.add_column(column)
     for probe in live.probes:
         for form, rules in live.rules.items():
-            own = {r.phase: r for r in rules if r.probe == probe.card.name}
+            own = {r.phase: r for r in rules if r.probe == probe.name}
             cells = [f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" above {t:.2f}") for p in Phase]
             layers = ",".join(map(str, probe.card.layers))
             route = "chat" if form == "chat" else "completions"
-            table.add_row(probe.card.name, probe.card.version, layers, route, *cells)
+            table.add_row(probe.name, probe.card.version, layers, route, *cells)
     return table
