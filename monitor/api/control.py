@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from monitor.api.admin import KeyTable, Operations
+from monitor.api.feed import Feed
+from monitor.api.review_desk import Desk
 from monitor.api.tracing import Tracing
 from monitor.audit import Audit
 from monitor.config import Settings
@@ -44,7 +46,9 @@ def operations(
     offenders: Offenders,
     metrics: Metrics,
     traffic: TrafficLog | None = None,
+    feed: Feed | None = None,
 ) -> Operations:
+    """feed: of the records, for the console; None: there is none"""
     for result in ("loaded", "refused"):
         metrics.policy_reloads.labels(result)  # rates start at 0
 
@@ -56,7 +60,8 @@ def operations(
     tracing = Tracing(serving.scorer, serving.template, serving.probes, serving.model)
     records = functools.partial(find_records, settings.log)
     erase = None if traffic is None else traffic.erase
-    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing, erase)
+    desk = None if feed is None else Desk.of(settings, feed, serving.template)
+    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing, erase, desk)
 
 
 def show_probes(metrics: Metrics, live: LiveProbes) -> None:
