@@ -51,14 +51,7 @@ class Lensing:
             self._busy = False
 
     async def _run(self, given: bytes) -> dict[str, Any]:
-        process = subprocess.Popen(  # noqa: S603 - our own command; the text is its input
-            [*self._command, "--conversation"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=self._environment,
-            start_new_session=True,  # so that it ends with all of its own
-        )
+        process = self._started()
         try:
             out, err = await asyncio.to_thread(process.communicate, given, MAX_S)
         except subprocess.TimeoutExpired:
@@ -71,3 +64,13 @@ class Lensing:
             raise ApiError(422, f"the logit lens failed: {said}", code="failed")
         found: dict[str, Any] = json.loads(out)
         return found
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603 - our own command; the text is its input
+            [*self._command, "--conversation"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self._environment,
+            start_new_session=True,  # so that it ends with all of its own
+        )
