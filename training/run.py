@@ -94,11 +94,8 @@ class Trainer:
         return out.reshape(len(rows), -1)
 
     def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        prompts = [self.reader.labelled(r) for r in rows]
-        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(prompts)) as tick:
-            for index, streams in residual_streams(self.model, prompts, self.layers, tick):
-                turn = prompts[index].turns[-1]
-                yield index, {layer: streams[layer][turn.start : turn.end] for layer in self.layers}
+        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(rows)) as tick:
+            yield from self.reader.streams(rows, self.layers, tick)
 
     def _fit(self) -> tuple[Fitted | FittedHead, dict[str, Any]]:
         fit, test, head = self.parts["fit"], self.parts["test"], self.recipe.head
