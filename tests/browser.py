@@ -1,4 +1,4 @@
-"""A real Chromium for tests, driven over its DevTools socket: pages, keys, pictures, and what it asked for or refused."""
+"""A real Chromium for tests, driven over its DevTools socket: pages, keys, pictures, what it asked for or refused."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from monitor.errors import ConfigInvalid
 from monitor.types import Phase
 from probes_store.card import DataFile
 from training.data import EVALUATE_ONLY, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.heads import HeadRecipe
 from training.load import read_rows, stem
 from training.pairs_made import Made, made
 
@@ -25,6 +26,9 @@ def _text(file: object) -> object:
 
 File = Annotated[str, BeforeValidator(_text)]
 """A path, or an address on a hub, which a Path would spoil."""
+
+
+ClosedForm = Literal["difference_of_means", "lda", "ridge"]
 
 
 class _Part(BaseModel):
@@ -64,8 +68,15 @@ class Recipe(_Part):
     """Blocks whose activations are read side by side; None: the middle one."""
     seed: int = 0
     max_text_tokens: int = Field(512, ge=8)
-    solver: Literal["best", "logistic", "adam"] = "best"
+    solver: Literal["best", "logistic", "adam"] | ClosedForm = "best"
+    """`best`: of logistic and adam, by the rows held out."""
     c: float = Field(0.01, gt=0)
+    shrinkage: float | None = Field(None, ge=0, le=1)
+    """Of `lda`; None: estimated."""
+    penalty: float | None = Field(None, gt=0)
+    """Of `ridge`; None: the best of its path with data sets left out."""
+    head: HeadRecipe | None = None
+    """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
@@ -81,6 +92,21 @@ class Recipe(_Part):
     phases: tuple[Phase, ...] = tuple(Phase)
     """What it is calibrated for; elsewhere it can only be shadowed."""
     description: str = ""
+
+    @property
+    def aggregation(self) -> dict[Phase, Aggregation]:
+        """What is served."""
+        if self.head is not None:
+            return dict.fromkeys(Phase, self.head.aggregation)
+        return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
+
+    @model_validator(mode="after")
+    def _served_by_its_head(self) -> Recipe:
+        fields = type(self).model_fields
+        clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
+        if self.head is not None and clash:
+            raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
