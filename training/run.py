@@ -77,22 +77,25 @@ class Trainer:
     # --- activations and fit ------------------------------------------------------------------------------------
 
     def features(self, rows: Sequence[Row]) -> Array:
-        """(n, n_layers * d_model): the turn that each label is about, averaged over its counted positions."""
+        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
+        and for a second projection the last of them."""
         prompts = [self.reader.labelled(r) for r in rows]
-        out = np.zeros((len(prompts), len(self.layers), self.model.d_model))
+        out = np.zeros((len(prompts), self.recipe.projections, len(self.layers), self.model.d_model))
         with progress(self.console, f"activations at layers {_listed(self.layers)}", len(prompts)) as tick:
             for index, streams in residual_streams(self.model, prompts, self.layers, tick):
                 turn = prompts[index].turns[-1]
-                for row, layer in enumerate(self.layers):
-                    out[index, row] = streams[layer][turn.start : turn.end].mean(0).double().numpy()
-        return out.reshape(len(prompts), -1)
+                for column, layer in enumerate(self.layers):
+                    stream = streams[layer][turn.start : turn.end]
+                    out[index, 0, column] = stream.mean(0).double().numpy()
+                    out[index, 1:, column] = stream[-1].double().numpy()
+        return out
 
     def _fit(self) -> tuple[Fitted, dict[str, Any], Base]:
         fit, test = self.parts["fit"], self.parts["test"]
-        x, x_test = self.features(fit), self.features(test)
+        pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
         y = np.array([r.label for r in fit])
-        base = Base.of(x.reshape(len(x), len(self.layers), -1), self.layers, y)
-        weights = np.array([r.weight for r in fit])
+        base = Base.of(pooled[:, 0], self.layers, y)
+        x, weights = pooled.reshape(len(fit), -1), np.array([r.weight for r in fit])
         recipe, candidates = self.recipe, []
         if recipe.solver in ("best", "logistic"):
             candidates += fit_logistic_layers(x[:, None], y, weights, recipe.c, dtype=torch.float64)
@@ -110,9 +113,13 @@ class Trainer:
         return best, {"held_out": scored, "chosen": best.method}, base
 
     def _weights(self, fitted: Fitted) -> ProbeWeights:
-        by_layer = fitted.weight.reshape(len(self.layers), self.model.d_model)
-        parts = {layer: torch.from_numpy(part).float() for layer, part in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias)
+        """The bias is the first projection's: a value is the sum of what the projections give."""
+        k = self.recipe.projections
+        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
+        if k == 1:
+            by_layer = by_layer[:, 0]
+        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
+        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
     def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations) -> dict[str, Any]:
         """Sets that nothing was fitted, chosen or calibrated on; read for the first time in there."""
@@ -163,6 +170,7 @@ class Trainer:
             ),
             layers=self.layers,
             d_model=model.d_model,
+            projections=probe.k,
             template_hash=model.template.hash,
             position_rule=POSITION_RULE,
             aggregation={phase.value: how for phase, how in self.aggregation.items()},
