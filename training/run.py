@@ -65,10 +65,11 @@ class Trainer:
         probe = self._weights(fitted)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
-        thresholds = served.thresholds(calibrations, self.parts["test"])
-        platt = served.platt(self.parts["test"])
+        test = self.parts["test"]
+        tested = served.values(test, "held-out rows")
+        thresholds, platt = served.thresholds(calibrations, test, tested), served.platt(test, tested)
         if self.recipe.evaluate:
-            metrics["evaluation"] = self._evaluate(probe, calibrations)
+            metrics["evaluation"] = self._evaluate(probe, calibrations, tested)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
@@ -121,8 +122,9 @@ class Trainer:
         parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
         return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
-    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations) -> dict[str, Any]:
-        """Sets that nothing was fitted, chosen or calibrated on; read for the first time in there."""
+    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
+        """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
+        rows held back"""
         calibrated = calibrations.get("chat", {}).get(Phase.PROMPT)
         target = self.settings.target_fpr / 2
         if calibrated is None or calibrated.n < rows_needed(target):
@@ -133,7 +135,7 @@ class Trainer:
         prompt, response = self.aggregation[Phase.PROMPT], self.aggregation[Phase.RESPONSE]
         judge = Judge(self.model, probe, prompt, response, self.recipe.max_text_tokens)
         threshold = calibrated.threshold(target)
-        return evaluate_sets(judge, self.recipe, self.parts, self.folder, threshold, self.console)
+        return evaluate_sets(judge, self.recipe, self.parts, tested, self.folder, threshold, self.console)
 
     # --- the card -----------------------------------------------------------------------------------------------
 
