@@ -68,10 +68,11 @@ class Trainer:
         probe = self._weights(fitted)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
-        thresholds = served.thresholds(calibrations, self.parts["test"])
-        platt = served.platt(self.parts["test"])
+        test = self.parts["test"]
+        tested = served.values(test, "held-out rows")
+        thresholds, platt = served.thresholds(calibrations, test, tested), served.platt(test, tested)
         if self.recipe.evaluate:
-            metrics["evaluation"] = self._evaluate(probe, calibrations)
+            metrics["evaluation"] = self._evaluate(probe, calibrations, tested)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
@@ -87,12 +88,14 @@ class Trainer:
         return out
 
     def features(self, rows: Sequence[Row]) -> Array:
-        """(n, n_layers * d_model): the turn that each label is about, averaged over its counted positions."""
-        out = np.zeros((len(rows), len(self.layers), self.model.d_model))
+        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
+        and for a second projection the last of them."""
+        out = np.zeros((len(rows), self.recipe.projections, len(self.layers), self.model.d_model))
         for index, turn in self._turns(rows):
-            for row, layer in enumerate(self.layers):
-                out[index, row] = turn[layer].mean(0).double().numpy()
-        return out.reshape(len(rows), -1)
+            for column, layer in enumerate(self.layers):
+                out[index, 0, column] = turn[layer].mean(0).double().numpy()
+                out[index, 1:, column] = turn[layer][-1].double().numpy()
+        return out
 
     def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[int, Tensor]]]:
         with progress(self.console, f"activations at layers {_listed(self.layers)}", len(rows)) as tick:
@@ -104,17 +107,18 @@ class Trainer:
         found: list[tuple[Fitted | FittedHead, Array]] = []
         if head is not None:
             texts = self.tokens(fit)
-            x = np.stack([text.mean(0, dtype=np.float64) for text in texts])
+            means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
             with progress(self.console, f"{head.pooling} head, steps", head.steps) as tick:
                 made = fit_head(texts, y, weights, head, lambda n: ticks(n, tick))
             found.append((made, made.values(self.tokens(test))))
         else:
-            x, x_test = self.features(fit), self.features(test)
-            rows = Rows(x, y, weights, [r.key or r.source for r in fit])
+            pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
+            means = pooled[:, 0]
+            rows = Rows(pooled.reshape(len(fit), -1), y, weights, [r.key or r.source for r in fit])
             steps = self.recipe.epochs if self.recipe.solver in ("best", "adam") else 1
             with progress(self.console, f"fitting: {self.recipe.solver}", steps) as tick:
                 found += [(c, c.logits(x_test)) for c in candidates(self.recipe, rows, lambda n: ticks(n, tick))]
-        base = Base.of(x.reshape(len(fit), len(self.layers), -1), self.layers, y)
+        base = Base.of(means.reshape(len(fit), len(self.layers), -1), self.layers, y)
         y_test = np.array([r.label for r in test])
         if len(set(y_test.tolist())) < 2:
             return found[0][0], {"held_out": {}}, base
@@ -123,14 +127,19 @@ class Trainer:
         return best, {"held_out": scored, "chosen": best.method}, base
 
     def _weights(self, fitted: Fitted | FittedHead) -> ProbeWeights:
+        """The bias is the first projection's: a value is the sum of what the projections give."""
         if isinstance(fitted, FittedHead):
             return fitted.probe(self.name, self.layers)
-        by_layer = fitted.weight.reshape(len(self.layers), self.model.d_model)
-        parts = {layer: torch.from_numpy(part).float() for layer, part in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias)
+        k = self.recipe.projections
+        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
+        if k == 1:
+            by_layer = by_layer[:, 0]
+        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
+        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
-    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations) -> dict[str, Any]:
-        """Sets that nothing was fitted, chosen or calibrated on; read for the first time in there."""
+    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
+        """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
+        rows held back"""
         calibrated = calibrations.get("chat", {}).get(Phase.PROMPT)
         target = self.settings.target_fpr / 2
         if calibrated is None or calibrated.n < rows_needed(target):
@@ -141,7 +150,7 @@ class Trainer:
         prompt, response = self.aggregation[Phase.PROMPT], self.aggregation[Phase.RESPONSE]
         judge = Judge(self.model, probe, prompt, response, self.recipe.max_text_tokens)
         threshold = calibrated.threshold(target)
-        return evaluate_sets(judge, self.recipe, self.parts, self.folder, threshold, self.console)
+        return evaluate_sets(judge, self.recipe, self.parts, tested, self.folder, threshold, self.console)
 
     # --- the card -----------------------------------------------------------------------------------------------
 
