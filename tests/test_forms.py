@@ -75,7 +75,7 @@ def test_copies_are_fitted_and_nothing_else(tmp_path):
     ("given", "says"),
     [
         ({"prompt": {"kind": "mean_last"}}, "aggregation 'ema' can't be had from 2"),
-        ({"prompt": {"kind": "multimax"}}, "multimax is not fitted from a recipe"),
+        ({"prompt": {"kind": "multimax"}}, "multimax is a head's way"),
     ],
     ids=["one phase only", "a head"],
 )
