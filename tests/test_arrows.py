@@ -177,7 +177,7 @@ def test_nothing_unpickles_or_evaluates():
         f"{path.relative_to(ROOT)}: {word}"
         for _, path in modules()
         for word in forbidden
-        if word in path.read_text().replace(".eval()", "")
+        if word in path.read_text().replace(".eval()", "").replace("create_subprocess_exec(", "")
     ]
     assert found == []
 

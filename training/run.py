@@ -22,6 +22,7 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
+from probes_store.base import Base
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
@@ -63,16 +64,17 @@ class Trainer:
     def run(self) -> Path:
         counts = ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
         self.console.print(f"rows: {counts}; layers {_listed(self.layers)} of {self.model.n_layers}")
-        fitted, metrics = self._fit()
+        fitted, metrics, base = self._fit()
         probe = self._weights(fitted)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
-        thresholds = served.thresholds(calibrations, self.parts["test"])
-        platt = served.platt(self.parts["test"])
+        test = self.parts["test"]
+        tested = served.values(test, "held-out rows")
+        thresholds, platt = served.thresholds(calibrations, test, tested), served.platt(test, tested)
         if self.recipe.evaluate:
-            metrics["evaluation"] = self._evaluate(probe, calibrations)
+            metrics["evaluation"] = self._evaluate(probe, calibrations, tested)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
-        folder = self.store.publish(card, probe.weight, probe.bias)
+        folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
         return folder
 
@@ -86,48 +88,58 @@ class Trainer:
         return out
 
     def features(self, rows: Sequence[Row]) -> Array:
-        """(n, n_layers * d_model): the turn that each label is about, averaged over its counted positions."""
-        out = np.zeros((len(rows), len(self.layers), self.model.d_model))
+        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
+        and for a second projection the last of them."""
+        out = np.zeros((len(rows), self.recipe.projections, len(self.layers), self.model.d_model))
         for index, turn in self._turns(rows):
-            for row, layer in enumerate(self.layers):
-                out[index, row] = turn[layer].mean(0).double().numpy()
-        return out.reshape(len(rows), -1)
+            for column, layer in enumerate(self.layers):
+                out[index, 0, column] = turn[layer].mean(0).double().numpy()
+                out[index, 1:, column] = turn[layer][-1].double().numpy()
+        return out
 
     def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[int, Tensor]]]:
         with progress(self.console, f"activations at layers {_listed(self.layers)}", len(rows)) as tick:
             yield from self.reader.streams(rows, self.layers, tick)
 
-    def _fit(self) -> tuple[Fitted | FittedHead, dict[str, Any]]:
+    def _fit(self) -> tuple[Fitted | FittedHead, dict[str, Any], Base]:
         fit, test, head = self.parts["fit"], self.parts["test"], self.recipe.head
         y, weights = np.array([r.label for r in fit]), np.array([r.weight for r in fit])
         found: list[tuple[Fitted | FittedHead, Array]] = []
         if head is not None:
             texts = self.tokens(fit)
+            means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
             with progress(self.console, f"{head.pooling} head, steps", head.steps) as tick:
                 made = fit_head(texts, y, weights, head, lambda n: ticks(n, tick))
             found.append((made, made.values(self.tokens(test))))
         else:
-            x, x_test = self.features(fit), self.features(test)
-            rows = Rows(x, y, weights, [r.key or r.source for r in fit])
+            pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
+            means = pooled[:, 0]
+            rows = Rows(pooled.reshape(len(fit), -1), y, weights, [r.key or r.source for r in fit])
             steps = self.recipe.epochs if self.recipe.solver in ("best", "adam") else 1
             with progress(self.console, f"fitting: {self.recipe.solver}", steps) as tick:
                 found += [(c, c.logits(x_test)) for c in candidates(self.recipe, rows, lambda n: ticks(n, tick))]
+        base = Base.of(means.reshape(len(fit), len(self.layers), -1), self.layers, y)
         y_test = np.array([r.label for r in test])
         if len(set(y_test.tolist())) < 2:
-            return found[0][0], {"held_out": {}}
+            return found[0][0], {"held_out": {}}, base
         scored = {c.method: separation(v[y_test == 1].tolist(), v[y_test == 0].tolist()) for c, v in found}
         best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}
+        return best, {"held_out": scored, "chosen": best.method}, base
 
     def _weights(self, fitted: Fitted | FittedHead) -> ProbeWeights:
+        """The bias is the first projection's: a value is the sum of what the projections give."""
         if isinstance(fitted, FittedHead):
             return fitted.probe(self.name, self.layers)
-        by_layer = fitted.weight.reshape(len(self.layers), self.model.d_model)
-        parts = {layer: torch.from_numpy(part).float() for layer, part in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias)
+        k = self.recipe.projections
+        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
+        if k == 1:
+            by_layer = by_layer[:, 0]
+        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
+        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
-    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations) -> dict[str, Any]:
-        """Sets that nothing was fitted, chosen or calibrated on; read for the first time in there."""
+    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
+        """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
+        rows held back"""
         calibrated = calibrations.get("chat", {}).get(Phase.PROMPT)
         target = self.settings.target_fpr / 2
         if calibrated is None or calibrated.n < rows_needed(target):
@@ -138,7 +150,7 @@ class Trainer:
         prompt, response = self.aggregation[Phase.PROMPT], self.aggregation[Phase.RESPONSE]
         judge = Judge(self.model, probe, prompt, response, self.recipe.max_text_tokens)
         threshold = calibrated.threshold(target)
-        return evaluate_sets(judge, self.recipe, self.parts, self.folder, threshold, self.console)
+        return evaluate_sets(judge, self.recipe, self.parts, tested, self.folder, threshold, self.console)
 
     # --- the card -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import socket
@@ -19,6 +20,7 @@ from rich.table import Table
 from monitor.api.app import create_app
 from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.feed import Feed
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
@@ -31,13 +33,12 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.errors import ConfigInvalid, MidstreamError
-from monitor.live import LiveProbes, load_live
+from monitor.live import LiveProbes, ServedModel, load_live
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
 from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
-from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, TrafficLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
@@ -46,7 +47,7 @@ EXIT_ENGINE_DIED = 3
 
 
 class Sinks:
-    """The engine's observer: one Record to metrics, traffic log, offenders, stdout, webhook and spans."""
+    """The engine's observer: one Record to metrics, traffic log, live view, offenders, stdout, webhook, spans."""
 
     def __init__(self, settings: Settings, metrics: Metrics, spans: Spans | None = None) -> None:
         self.metrics, self.spans = metrics, spans
@@ -60,6 +61,7 @@ class Sinks:
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
+        self.feed = Feed()
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -83,6 +85,7 @@ class Sinks:
     def record(self, record: Record) -> None:
         self.metrics.record(record)
         self.traffic.put(record)
+        self.feed.put(record)
         event = notice(record)
         if event is not None:
             self._tell(event)
@@ -164,7 +167,17 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic)
+        what = operations(
+            serving,
+            settings,
+            self.edge.keys,
+            self.audit,
+            sinks.offenders,
+            metrics,
+            sinks.traffic,
+            say=say,
+            feed=sinks.feed,
+        )
 
         def counted(outcome: str) -> None:
             metrics.admin_requests.labels(outcome).inc()
@@ -235,7 +248,7 @@ def serve(settings: Settings) -> int:
         app = create_app(service, metrics, engine.readiness, edge, others)
         bound_s = max(1, round(settings.shutdown_timeout_s))
         config = uvicorn.Config(app, timeout_graceful_shutdown=bound_s, **edge.server_options())
-        beside = door.beside(embedded(engine, model.template), sinks, plainly(console))
+        beside = door.beside(embedded(engine, model.served()), sinks, plainly(console))
         server.append(Server(config, engine, beside))
         engine.start()
         console.print(summary(model.name, model.dtype, live, off))
@@ -246,11 +259,14 @@ def serve(settings: Settings) -> int:
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
-def embedded(engine: EmbeddedEngine, template: ChatTemplate) -> Serving:
+def embedded(engine: EmbeddedEngine, model: ServedModel) -> Serving:
     def put(live: LiveProbes) -> None:
         engine.live = live
 
-    return Serving(engine.describe, lambda: engine.live, put, EmbeddedScorer(engine), template, engine.model_name)
+    async def stage(live: LiveProbes) -> None:
+        await asyncio.to_thread(engine.try_out, live)
+
+    return Serving(engine.describe, lambda: engine.live, put, stage, EmbeddedScorer(engine), model)
 
 
 def announce(model: str, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
@@ -269,9 +285,9 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
         table.add_column(column)
     for probe in live.probes:
         for form, rules in live.rules.items():
-            own = {r.phase: r for r in rules if r.probe == probe.card.name}
+            own = {r.phase: r for r in rules if r.probe == probe.name}
             cells = [f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" above {t:.2f}") for p in Phase]
             layers = ",".join(map(str, probe.card.layers))
             route = "chat" if form == "chat" else "completions"
-            table.add_row(probe.card.name, probe.card.version, layers, route, *cells)
+            table.add_row(probe.name, probe.card.version, layers, route, *cells)
     return table

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric as Family
 
 from monitor.metrics.drift import Drift, Reference
-from monitor.metrics.processes import forget
+from monitor.metrics.processes import forget, forget_probe
 from monitor.metrics.table import PREFIX, TABLE, Metric
 from monitor.policy.rule import Rule
-from monitor.types import Action, Cause, Format, Mode, Phase, ProbeReading, Record
+from monitor.types import Action, Cause, Format, Mode, Phase, ProbeReading, Record, is_candidate
 
 _OF_PROBES = (
     "probe_info",
@@ -37,6 +37,7 @@ class Metrics:
         self.registry = registry or CollectorRegistry()
         self.model = model
         self.drift = Drift()
+        self._candidates: set[str] = set()
         self._reads: dict[str, Callable[[], float]] = {}
         self.registry.register(self)  # before the gauges: they are scraped after they were read
         for metric in TABLE:
@@ -97,6 +98,11 @@ class Metrics:
         """
         for name in _OF_PROBES:
             forget(getattr(self, name))
+        gone, self._candidates = self._candidates, {name for name, *_ in probes if is_candidate(name)}
+        for candidate in sorted(gone - self._candidates):  # or there would be one more of each with every trial
+            for metric in TABLE:
+                if "probe" in metric.labels:
+                    forget_probe(getattr(self, metric.name), candidate)
         for name, version, sha256, layers in probes:
             self.probe_info.labels(name, version, sha256[:16], layers).set(1)
             for phase in Phase:

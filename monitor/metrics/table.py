@@ -122,6 +122,7 @@ TABLE = (
     Metric("counter", "notice_lines", "Flags and blocks written to stdout.", ("result",)),
     Metric("counter", "webhook", "Notices to the webhook.", ("result",)),
     Metric("counter", "policy_reloads", "Policy files read again.", ("result",)),
+    Metric("counter", "probe_reload", "Changes of the probes in service, and candidates left out.", ("result",)),
     Metric("counter", "admin_requests", "Requests to the admin port.", ("outcome",)),
     Metric("gauge", "ready", "1 while the server is ready.", merge="livemin"),
     Metric("gauge", "heartbeat_timestamp_seconds", "When the monitor last looked at itself.", merge="livemax"),

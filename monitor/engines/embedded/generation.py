@@ -8,6 +8,7 @@ from torch import Tensor
 
 from monitor.engines.embedded.attention import KVCache
 from monitor.engines.embedded.sampling import Sampler
+from monitor.engines.embedded.sets import ProbeSet
 from monitor.engines.embedded.text import AnswerText
 from monitor.policy.rule import Policy
 from monitor.question import Question
@@ -27,20 +28,21 @@ from monitor.types import (
 
 
 class Generation:
-    """cache.length counts the tokens fed so far; `tokens[cache.length:]` are still to be fed."""
+    """cache.length counts the tokens fed so far; `tokens[cache.length:]` are still to be fed. probes: that score it"""
 
     def __init__(
         self,
         request: GenerationRequest,
         index: int,
         prompt: Prompt,
+        probes: ProbeSet,
         policy: Policy,
         sampler: Sampler,
         text: AnswerText,
         deliver: Deliver,
         publish: Callable[[Record], None],
     ) -> None:
-        self.request, self.index, self.prompt = request, index, prompt
+        self.request, self.index, self.prompt, self.probes = request, index, prompt, probes
         self.policy, self.sampler, self.text = policy, sampler, text
         self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
         self.tokens: list[int] = [*prompt.token_ids, *(request.given or ())]

@@ -10,6 +10,7 @@ import contextvars
 import secrets
 from dataclasses import dataclass, field
 
+from monitor.engines.vllm.banks import Bank
 from monitor.types import Action, Caller, Format, Opening, Phase, Prompt, Record, Terms, Trace
 
 
@@ -43,6 +44,7 @@ class Call:
     given: Given | None = None
     trace: Trace | None = None
     silent: bool = False
+    bank: Bank | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     terms: Terms | None = None
     openings: dict[int, Opening] = field(default_factory=dict)

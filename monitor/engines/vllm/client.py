@@ -85,7 +85,8 @@ class Judge:
         if request.sampling_params.seed is not None and current_platform.is_cpu():
             # One such request would end the engine for everybody as soon as its prompt is prefilled in chunks.
             raise _invalid("vLLM on a CPU can't sample with a seed; leave it out")
-        call, bank = current(), self.banks.current
+        call = current()
+        bank = call.bank or self.banks.current
         judged = self._prompt(call, request.prompt_token_ids)
         request.cache_salt = f"{KEY}:{bank.epoch}:{request.cache_salt or ''}"
         self._add(request, prompt, parent_req, request_index, _Relay(queue))

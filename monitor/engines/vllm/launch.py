@@ -16,11 +16,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from monitor.config import Settings
 from monitor.engines.identity import identify, locate
+from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.client import Judge
 from monitor.engines.vllm.scorer import VllmScorer
 from monitor.engines.vllm.support import KEY, TapConfig, check_config, check_environment
 from monitor.errors import ConfigInvalid
-from monitor.live import LiveProbes, ServedModel, canary_prompts, load_live
+from monitor.live import LiveProbes, ServedModel, canary_prompts, load_candidates, load_live
 from monitor.template import ChatTemplate
 from monitor.types import Observer, Scores
 from probes_store.store import Store
@@ -143,8 +144,11 @@ def engine_config(plan: Plan, worker: str = "monitor.engines.vllm.worker.Monitor
 
 
 def tap_config(plan: Plan, architecture: str) -> TapConfig:
-    width = max(plan.settings.probe_columns, len(plan.live.bank))
-    return TapConfig(plan.live.bank.layers, width, architecture)
+    # Candidates come in beside the live probes when it serves: their layers must be tapped by then.
+    candidates, _ = load_candidates(plan.model, Store(plan.settings.store))
+    layers = {*plan.live.bank.layers, *(layer for p in candidates for layer in p.card.layers)}
+    columns = len(plan.live.bank) + sum(p.card.projections for p in candidates)
+    return TapConfig(tuple(sorted(layers)), max(plan.settings.probe_columns, columns), architecture)
 
 
 @asynccontextmanager
@@ -169,7 +173,7 @@ async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIt
         judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
         await judge.banks.load(plan.live)
         scorer = VllmScorer(engine)
-        off = await check_canaries(scorer, plan)
+        off = await check_canaries(scorer, plan, plan.live)
         yield Started(engine, judge, scorer, plan, str(config.model_config.dtype).removeprefix("torch."), off)
     finally:
         if judge is not None:
@@ -177,12 +181,14 @@ async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIt
         engine.shutdown(timeout=config.shutdown_timeout)
 
 
-async def check_canaries(scorer: VllmScorer, plan: Plan) -> float:
-    """Through the whole engine: forward pass, scheduler, judge. raises: ProbeMismatch"""
-    live, template = plan.live, plan.model.template
-    scores: dict[tuple[int, ...], Scores] = {}
+async def check_canaries(scorer: VllmScorer, plan: Plan, live: LiveProbes, bank: Bank | None = None) -> float:
+    """Through the whole engine: forward pass, scheduler, judge. bank: where the probes lie, None: they are in service
+
+    raises: ProbeMismatch
+    """
+    template, scores = plan.model.template, dict[tuple[int, ...], Scores]()
     for prompt in canary_prompts(live, template):
-        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank))
+        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank), bank)
     return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
 
 
