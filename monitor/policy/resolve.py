@@ -77,10 +77,13 @@ def _rule(
     card = probe.card
     calibration = card.calibration.get(form, {}).get(phase.value)
     threshold = escalate = None
+    by_length: tuple[tuple[int, float], ...] = ()
     try:
         if calibration is None:
             raise ValueError(f"the card has no calibration for {phase} in {form}")
         threshold = _at(calibration, said.threshold, said.target_fpr or alpha)
+        if said.by_length:
+            by_length = calibration.by_length(said.target_fpr or alpha)
         if said.escalates and mode is Mode.BLOCK:
             escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
     except ValueError as error:
@@ -90,7 +93,7 @@ def _rule(
                 f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
                 "with more benign rows, raise target_fpr, or set the mode to shadow"
             ) from error
-        mode = Mode.SHADOW
+        mode, by_length = Mode.SHADOW, ()
     try:
         return Rule(
             probe=probe.name,
@@ -106,6 +109,7 @@ def _rule(
             min_tokens=said.min_tokens,
             consecutive=said.consecutive,
             n_columns=card.projections,
+            by_length=by_length,
         )
     except ValueError as error:
         raise ConfigInvalid(f"{error} (format {form})") from error

@@ -26,7 +26,7 @@ from tests.bench.pairs import measure, say, verdict
 from training.data import PAIRS
 from training.harvest import Sample, harvest, make_plan
 
-ROWS, BATCH, THREADS = 64, 16, 2
+ROWS, BATCH, THREADS = 32, 16, 2
 LONGEST = 300
 ALONE, BATCHED = 3.0, 1.5
 NOISE = 0.03
