@@ -51,6 +51,7 @@ bench: setup-vllm
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.judge
 	$(BIN)/python -m tests.bench.fit
+	$(BIN)/python -m tests.bench.harvest
 	$(BIN)/python -m tests.bench.log
 	$(BIN)/python -m tests.bench.observer
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.vllm

@@ -39,8 +39,14 @@ HELP = (
 
 
 def lens(
-    text: Annotated[str, typer.Argument(help="A user's message.")],
+    text: Annotated[str, typer.Argument(help="A user's message; - reads it from stdin.")],
     model: Model = None,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            help="The text is JSON: a list of {role, content}; with an empty role it is a text to go on with."
+        ),
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: a text to go on with.")] = False,
     last: Annotated[int, typer.Option(min=1, max=512, help="How many of the last tokens.")] = 24,
     html: Annotated[Path | None, typer.Option(help="Write a heat map as one page.")] = None,
@@ -50,8 +56,12 @@ def lens(
     store: StoreFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
+    if text == "-":
+        text = sys.stdin.read()
     if not text.strip():
         raise ConfigInvalid("the text is empty; write something to look at")
+    if conversation and raw:
+        raise ConfigInvalid("--conversation and --raw exclude each other; leave one out")
     for path in (html, png):
         if path is not None and not path.parent.is_dir():
             raise ConfigInvalid(f"{path}: there is no folder {str(path.parent)!r}; create it")
@@ -64,8 +74,11 @@ def lens(
     settings = load_settings(config, model=model, store=store)
     loaded = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=settings.dtype)
     live = _live(loaded, settings) if probes else None
-    as_text = raw or not loaded.template.has_chat
-    prompt = loaded.template.raw(text) if as_text else loaded.template.encode([{"role": "user", "content": text}])
+    messages = _messages(text) if conversation else [{"role": "user", "content": text}]
+    if raw or not loaded.template.has_chat or any(not m["role"] for m in messages):
+        prompt = loaded.template.raw("".join(m["content"] for m in messages))
+    else:
+        prompt = loaded.template.encode(messages)
     found = logit_lens(loaded, prompt, live.bank if live else None, last)
     verdicts = _verdicts(live, prompt, found) if live else []
     if html is not None:
@@ -82,6 +95,14 @@ def lens(
 
 
 lens.__doc__ = HELP
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    try:
+        messages = json.loads(text)
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigInvalid('--conversation wants JSON like [{"role": "user", "content": "Hi"}]') from error
 
 
 def _live(model: LoadedModel, settings: Settings) -> LiveProbes | None:

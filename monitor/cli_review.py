@@ -13,10 +13,8 @@ from rich.console import Console
 
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
-from monitor.traffic import Label, Where, add_label, count_unlabelled, find_records, unlabelled
-from monitor.types import SEVERITY, Action
-
-MAX_NAME = 64
+from monitor.traffic import Label, Where, add_label, count_unlabelled, unlabelled
+from monitor.traffic.labelling import decided, listed, only_choice, request_key, signed
 
 
 def review(
@@ -39,12 +37,12 @@ def review(
         raise ConfigInvalid(
             f"--label is missing; give one of {', '.join(Label)} (midstream show {request_id} says why)"
         )
-    key = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    _label(records, key, choice, label, _named(by), as_json)
+    name = signed(getpass.getuser() if by is None else by, "--by")
+    _label(records, request_key(request_id), choice, label, name, as_json)
 
 
 def _list(records: Where, limit: int, as_json: bool) -> None:
-    found = [_entry(body) for body in unlabelled(records, limit)]
+    found = [listed(body, decided(body)) for body in unlabelled(records, limit)]
     waiting = count_unlabelled(records)
     if as_json:
         print(json.dumps({"unlabelled": waiting, "newest": found}))
@@ -58,19 +56,6 @@ def _list(records: Where, limit: int, as_json: bool) -> None:
     _say(console, f"{len(found)} of {waiting} unlabelled" if waiting else "nothing waits for a label")
 
 
-def _entry(body: dict[str, Any]) -> dict[str, Any]:
-    """A record as it is listed: with the reading that decided, if one did."""
-    worst: dict[str, Any] = max(body["readings"], key=lambda r: SEVERITY[Action(r["action"])], default={})
-    return {
-        "request_id": body["request_id"],
-        "choice": body["index"],
-        "verdict": body["verdict"],
-        "time": body["created"],
-        "model": body["model"],
-        "route": body["route"],
-    } | {name: worst.get(name) for name in ("probe", "phase", "value", "threshold")}
-
-
 def _why(entry: dict[str, Any]) -> str:
     value, threshold = ("-" if entry[n] is None else f"{entry[n]:.3f}" for n in ("value", "threshold"))
     return f"{entry['probe'] or '-'} {entry['phase'] or '-'}: {value}, threshold {threshold}"
@@ -78,23 +63,13 @@ def _why(entry: dict[str, Any]) -> str:
 
 def _label(records: Where, key: str, choice: int | None, label: Label, by: str, as_json: bool) -> None:
     if choice is None:
-        choices = [body["index"] for body in find_records(records, key)]
-        if len(choices) > 1:
-            raise ConfigInvalid(f"request {key!r} has choices {', '.join(map(str, choices))}; say which with --choice")
-        choice = choices[0] if choices else 0
+        choice = only_choice(records, key, "--choice")
     before = add_label(records, key, choice, label, by)
     if as_json:
         said = {"request_id": key, "choice": choice, "label": label, "by": by, "before": before}
         print(json.dumps(said))
         return
     _say(Console(), f"{key}  choice {choice}: {label}, by {by}" + (f" (it was {before})" if before else ""))
-
-
-def _named(by: str | None) -> str:
-    name = getpass.getuser() if by is None else by
-    if not (0 < len(name) <= MAX_NAME and name.isprintable()):
-        raise ConfigInvalid(f"--by {name[:MAX_NAME]!r} must be 1 to {MAX_NAME} characters that can be printed")
-    return name
 
 
 def _say(console: Console, line: str) -> None:

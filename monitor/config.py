@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     admin_port: int = Field(8001, ge=0, le=65535)
     admin_key: str | None = Field(None, min_length=16)
     """Bearer token of the admin port, another one than every data key; None: no admin port."""
+    admin_idle_s: float = Field(1800.0, gt=0, le=86_400)
+    """A session of the console that was not used for so long has to sign in again."""
     audit: Path = Field(default_factory=lambda: state_dir() / "audit.sqlite3")
 
     # What

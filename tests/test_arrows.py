@@ -121,6 +121,7 @@ MAY = {
     "monitor.cli_evaluate": {"monitor.config", "training"},
     "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
     "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines.embedded", "training"},
+    "monitor.cli_select": {"monitor.config", "monitor.cli_harvest", "training"},
     "monitor.cli_review": WORDS | {"monitor.config", "monitor.traffic"},
     "monitor.cli_top": WORDS | {"monitor.top"},
     "monitor.top": WORDS | {"monitor.top"},
@@ -176,7 +177,7 @@ def test_nothing_unpickles_or_evaluates():
         f"{path.relative_to(ROOT)}: {word}"
         for _, path in modules()
         for word in forbidden
-        if word in path.read_text().replace(".eval()", "")
+        if word in path.read_text().replace(".eval()", "").replace("create_subprocess_exec(", "")
     ]
     assert found == []
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Path, Query
+from fastapi import APIRouter, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -21,9 +19,14 @@ from starlette.types import ASGIApp
 
 from monitor import __version__
 from monitor.api.admin_guard import AdminGuard
+from monitor.api.admin_json import dumped, json_response
 from monitor.api.admin_probes import ProbeOperations, probe_routes
+from monitor.api.admin_review import review_routes
+from monitor.api.admin_session import Sessions, session_routes
+from monitor.api.console import PATHS, console_routes
 from monitor.api.errors import ApiError, from_domain, unavailable, validation
 from monitor.api.events import EventStream
+from monitor.api.review_desk import Desk
 from monitor.audit import Audit
 from monitor.errors import ConfigInvalid, MidstreamError, Overloaded, RequestInvalid
 from monitor.offenders import Offenders
@@ -66,7 +69,8 @@ class Tracer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Operations:
     """What the routes do. engine: what serves; records: of one request id, by choice; erase: the records of a key's
-    name or of a request id, and how many there were; None: there is no such route; probes: likewise"""
+    name or of a request id, and how many there were; probes: versions and retraining; desk: what the console reviews.
+    None: there are no such routes"""
 
     engine: Callable[[], Mapping[str, Any]]
     policies: Policies
@@ -77,6 +81,7 @@ class Operations:
     tracer: Tracer
     erase: Callable[[str | None, str | None], int] | None = None
     probes: ProbeOperations | None = None
+    desk: Desk | None = None
 
 
 class _Message(BaseModel):
@@ -109,10 +114,13 @@ def create_admin(
     host: str,
     counted: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
+    idle_s: float = 1800.0,
+    others: Sequence[APIRouter] = (),
 ) -> ASGIApp:
     """key: the admin key; host: the address that the port is bound to; counted: told each request's outcome
 
-    clock: seconds, of the minutes of wrong keys
+    clock: seconds, of the minutes of wrong keys and of sessions; idle_s: after which an unused session ends
+    others: more routes behind the same guard
     """
     app = FastAPI(title="midstream admin", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _reading(app, operations)
@@ -120,6 +128,13 @@ def create_admin(
     _scoring(app, operations.tracer)
     if operations.probes is not None:
         probe_routes(app, operations.probes)
+    sessions = Sessions(idle_s, clock)
+    session_routes(app, sessions)
+    if operations.desk is not None:
+        review_routes(app, operations.desk)
+    console_routes(app)
+    for routes in others:
+        app.include_router(routes)
     _errors(app)
     return AdminGuard(
         app,
@@ -128,6 +143,8 @@ def create_admin(
         shared=lambda: operations.keys.find(key.encode()) is not None,
         host=host,
         counted=counted,
+        sessions=sessions,
+        shell=PATHS,
         clock=clock,
     )
 
@@ -136,48 +153,48 @@ def _reading(app: FastAPI, operations: Operations) -> None:
     @app.get("/admin/status")
     async def status() -> Response:
         engine, policy = operations.engine(), operations.policies.describe()
-        return _json({"version": __version__, "engine": engine, "policy": policy})
+        return json_response({"version": __version__, "engine": engine, "policy": policy})
 
     @app.get("/admin/policy")
     async def policy() -> Response:
-        return _json(operations.policies.describe())
+        return json_response(operations.policies.describe())
 
     @app.get("/admin/keys")
     async def keys() -> Response:
-        return _json({"keys": list(operations.keys.names)})
+        return json_response({"keys": list(operations.keys.names)})
 
     @app.get("/admin/records/{request_id}")
     async def records(request_id: RequestId) -> Response:
         found = await asyncio.to_thread(operations.records, request_id)
         if not found:
             raise ApiError(404, f"there is no record of {request_id!r} (any more)", code="not_found")
-        return _json({"records": found})
+        return json_response({"records": found})
 
     @app.get("/admin/audit")
     async def audit(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        return _json({"rows": await asyncio.to_thread(operations.audit.latest, limit)})
+        return json_response({"rows": await asyncio.to_thread(operations.audit.latest, limit)})
 
     @app.get("/admin/offenders")
     async def offenders() -> Response:
-        return _json({"offenders": operations.offenders.describe()})
+        return json_response({"offenders": operations.offenders.describe()})
 
 
 def _changing(app: FastAPI, operations: Operations) -> None:
     # Reloads stay on the event loop, as at SIGHUP: two of them never run at once.
     @app.post("/admin/policy/reload")
     async def reload_policy() -> Response:
-        return _json({"policy": operations.policies.reload()})
+        return json_response({"policy": operations.policies.reload()})
 
     @app.post("/admin/keys/reload")
     async def reload_keys() -> Response:
         operations.keys.reload()
-        return _json({"keys": list(operations.keys.names)})
+        return json_response({"keys": list(operations.keys.names)})
 
     @app.post("/admin/offenders/{key}/clear")
     async def clear(key: KeyName) -> Response:
         if not operations.offenders.clear(key):
             raise ApiError(404, f"key {key!r} has no flags or blocks in the window", code="not_found")
-        return _json({"cleared": key})
+        return json_response({"cleared": key})
 
     if operations.erase is not None:
         _erasing(app, operations.erase)
@@ -188,7 +205,7 @@ def _erasing(app: FastAPI, erase: Callable[[str | None, str | None], int]) -> No
     async def erased(body: EraseRequest) -> Response:
         if (body.key is None) == (body.id is None):
             raise ApiError(400, "say whose records: one of key and id", code="bad_value")
-        return _json({"erased": await asyncio.to_thread(erase, body.key, body.id)})
+        return json_response({"erased": await asyncio.to_thread(erase, body.key, body.id)})
 
 
 def _scoring(app: FastAPI, tracer: Tracer) -> None:
@@ -213,11 +230,11 @@ def _scoring(app: FastAPI, tracer: Tracer) -> None:
 
 async def _lines(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     try:
-        yield b"data: " + _dumped(first) + b"\n\n"
+        yield b"data: " + dumped(first) + b"\n\n"
         async for event in rest:
-            yield b"data: " + _dumped(event) + b"\n\n"
+            yield b"data: " + dumped(event) + b"\n\n"
     except (RequestInvalid, Overloaded) as error:
-        yield b"data: " + _dumped({"error": from_domain(error).error}) + b"\n\n"
+        yield b"data: " + dumped({"error": from_domain(error).error}) + b"\n\n"
 
 
 def _errors(app: FastAPI) -> None:
@@ -248,22 +265,3 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
-
-
-def _json(content: Any) -> Response:
-    return Response(_dumped(content), media_type="application/json")
-
-
-def _dumped(content: Any) -> bytes:
-    return json.dumps(_plain(content), allow_nan=False).encode()
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: a score that is not finite is missing, and missing is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value

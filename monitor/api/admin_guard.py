@@ -1,4 +1,4 @@
-"""In front of every admin route: the host, the key, the wrong keys of a minute, and the audit row. Plain ASGI."""
+"""In front of every admin route: the host, the key or a session, the wrong keys of a minute, and the audit row."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Literal
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from monitor.api.admin_session import COOKIE, THE_KEY, Operator, Sessions, judge_session
 from monitor.api.errors import ApiError
 from monitor.api.peers import PerMinute, peer_name
 from monitor.audit import Audit, AuditFailed
@@ -23,13 +24,38 @@ ROWS_PER_MINUTE = 5
 ALL_ROWS_PER_MINUTE = 300
 """Refused requests that are written, of one peer and of all: a flood may not fill the disk. The rest is counted."""
 MAX_BODY_BYTES = 2**20
-Outcome = Literal["admitted", "host", "no_key", "wrong_key", "shared_key", "throttled", "audit_failed"]
-_OUR_HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
+Outcome = Literal[
+    "admitted",
+    "shell",
+    "host",
+    "no_key",
+    "wrong_key",
+    "shared_key",
+    "throttled",
+    "no_session",
+    "cross_site",
+    "audit_failed",
+]
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    b"frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+_OUR_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", _POLICY),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
 
 
 class AdminGuard:
-    """key: the admin key; shared: whether it opens the data routes too (then it opens nothing here); host: the
-    address that the port is bound to; counted: called once for every request; clock: seconds"""
+    """Plain ASGI. key: the admin key; shared: whether it opens the data routes too (then it opens nothing here)
+
+    host: the address that the port is bound to; counted: called once for every request; clock: seconds
+    sessions: of browsers that have shown the key; shell: paths of files that hold no data, which anybody may read
+    """
 
     def __init__(
         self,
@@ -40,9 +66,12 @@ class AdminGuard:
         shared: Callable[[], bool],
         host: str,
         counted: Callable[[Outcome], None],
+        sessions: Sessions,
+        shell: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app, self._audit, self._key, self._shared, self._counted = app, audit, key, shared, counted
+        self._sessions, self._shell = sessions, shell
         self._digest = _digest(key.encode())
         self._host = host.lower()
         self._wrong = PerMinute(clock=clock)
@@ -58,10 +87,14 @@ class AdminGuard:
             await send({"type": "websocket.close", "code": 1008})
             return
         peer = peer_name(scope.get("client"))
-        why, refusal = self._judge(scope, peer)
+        why, refusal, operator = self._judge(scope, peer)
+        if why == "shell":  # not an action, and a row for whoever asks could fill the disk
+            self._counted(why)
+            await self._app(scope, receive, _with_headers(send))
+            return
         try:
             if refusal is None:
-                row = await self._write("admin", peer, scope, None)
+                row = await self._write(operator.actor, peer, scope, None)
             elif self._rows.count(peer) > ROWS_PER_MINUTE or self._all_rows.count("") > ALL_ROWS_PER_MINUTE:
                 self._unwritten += 1
             else:
@@ -72,11 +105,23 @@ class AdminGuard:
         if refusal is not None:
             await refusal.response()(scope, receive, _with_headers(send))
         else:
-            await self._app(scope, _bounded(receive), self._recorded(row, scope, receive, _with_headers(send)))
+            own = {**scope, "midstream.operator": operator}
+            await self._app(own, _bounded(receive), self._recorded(row, scope, receive, _with_headers(send)))
 
-    def _judge(self, scope: Scope, peer: str) -> tuple[Outcome, ApiError | None]:
+    def _judge(self, scope: Scope, peer: str) -> tuple[Outcome, ApiError | None, Operator]:
         if not self._known_host(scope):
-            return "host", ApiError(421, "send the Host header of the admin port's own address", code="wrong_host")
+            message = "send the Host header of the admin port's own address"
+            return "host", ApiError(421, message, code="wrong_host"), THE_KEY
+        if scope["path"] in self._shell and scope["method"] in ("GET", "HEAD"):
+            return "shell", None, THE_KEY
+        has_key = any(name == b"authorization" for name, _ in scope["headers"])
+        if has_key or not _has_cookie(scope):
+            return *self._judge_key(scope, peer), THE_KEY
+        if self._shared():
+            return *_shared_key(), THE_KEY
+        return judge_session(scope, self._sessions)
+
+    def _judge_key(self, scope: Scope, peer: str) -> tuple[Outcome, ApiError | None]:
         wrong, left_s = self._wrong.so_far(peer)
         if wrong > WRONG_PER_MINUTE:
             return "throttled", _throttled(left_s)
@@ -88,7 +133,7 @@ class AdminGuard:
                 return "wrong_key", _throttled(self._wrong.so_far(peer)[1])
             return "wrong_key", _no_key("this is not the admin key; a key of the data routes does not count here")
         if self._shared():
-            return "shared_key", _no_key("this key opens the data routes too; give the admin port a key of its own")
+            return _shared_key()
         return "admitted", None
 
     def _known_host(self, scope: Scope) -> bool:
@@ -165,6 +210,14 @@ def _host_name(host: str) -> str:
 
 def _no_key(message: str) -> ApiError:
     return ApiError(401, message, code="invalid_admin_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _shared_key() -> tuple[Outcome, ApiError]:
+    return "shared_key", _no_key("this key opens the data routes too; give the admin port a key of its own")
+
+
+def _has_cookie(scope: Scope) -> bool:
+    return any(key == b"cookie" and COOKIE.encode() in value for key, value in scope["headers"])
 
 
 def _throttled(left_s: float) -> ApiError:

@@ -9,7 +9,9 @@ from typing import Any
 
 from monitor.api.admin import KeyTable, Operations
 from monitor.api.admin_probes import ProbeOperations
+from monitor.api.feed import Feed
 from monitor.api.retraining import Retraining, environment
+from monitor.api.review_desk import Desk
 from monitor.api.shelf import Shelf
 from monitor.api.swap import Slots, Swap
 from monitor.api.tracing import Tracing
@@ -48,7 +50,9 @@ def operations(
     metrics: Metrics,
     traffic: TrafficLog | None = None,
     say: Callable[[str], None] = print,
+    feed: Feed | None = None,
 ) -> Operations:
+    """feed: of the records, for the console; None: there is none"""
     for result in ("loaded", "refused"):  # rates start at 0
         metrics.policy_reloads.labels(result)
         metrics.probe_reload.labels(result)
@@ -68,7 +72,19 @@ def operations(
     probes = ProbeOperations(swap, shelf.describe, retraining)
     records = functools.partial(find_records, settings.log)
     erase = None if traffic is None else traffic.erase
-    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing, erase, probes)
+    desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
+    return Operations(
+        serving.describe,
+        keeper,
+        keys,
+        records,
+        audit,
+        offenders,
+        tracing,
+        erase=erase,
+        probes=probes,
+        desk=desk,
+    )
 
 
 def show_probes(metrics: Metrics, live: LiveProbes) -> None:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from monitor.api.admin import KeyTable, Operations, create_admin
 from monitor.api.connection import Bounds, bounded
+from monitor.api.console import HOME
 from monitor.api.hangup import Say, reload_at_hangup
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid
@@ -64,10 +65,11 @@ async def controlled(
         if settings.admin_key is None or listener is None:
             yield
             return
-        app = create_admin(operations, settings.admin_key, settings.admin_host, counted)
+        key, host, idle_s = settings.admin_key, settings.admin_host, settings.admin_idle_s
+        app = create_admin(operations, key, host, counted, idle_s=idle_s)
         async with second_port(app, listener, settings, limited):
-            host, port = listener.getsockname()[:2]
-            say(f"admin port on http://{host}:{port}/admin/status")
+            where, port = listener.getsockname()[:2]
+            say(f"admin port on http://{where}:{port}/admin/status, console on http://{where}:{port}{HOME}")
             yield
 
 

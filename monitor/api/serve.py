@@ -20,6 +20,7 @@ from rich.table import Table
 from monitor.api.app import create_app
 from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.feed import Feed
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
@@ -46,7 +47,7 @@ EXIT_ENGINE_DIED = 3
 
 
 class Sinks:
-    """The engine's observer: one Record to metrics, traffic log, offenders, stdout, webhook and spans."""
+    """The engine's observer: one Record to metrics, traffic log, live view, offenders, stdout, webhook, spans."""
 
     def __init__(self, settings: Settings, metrics: Metrics, spans: Spans | None = None) -> None:
         self.metrics, self.spans = metrics, spans
@@ -60,6 +61,7 @@ class Sinks:
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
+        self.feed = Feed()
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -83,6 +85,7 @@ class Sinks:
     def record(self, record: Record) -> None:
         self.metrics.record(record)
         self.traffic.put(record)
+        self.feed.put(record)
         event = notice(record)
         if event is not None:
             self._tell(event)
@@ -164,7 +167,17 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic, say)
+        what = operations(
+            serving,
+            settings,
+            self.edge.keys,
+            self.audit,
+            sinks.offenders,
+            metrics,
+            sinks.traffic,
+            say=say,
+            feed=sinks.feed,
+        )
 
         def counted(outcome: str) -> None:
             metrics.admin_requests.labels(outcome).inc()
