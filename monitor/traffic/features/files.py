@@ -135,14 +135,13 @@ def _drop(folder: Path, goes: Callable[[Mapping[str, Any]], bool]) -> int:
     gone = 0
     with locked(folder):
         for path in feature_files(folder):
-            table = _read(path)
-            rows = [] if table is None else table.select(["key", "request_id", "created"]).to_pylist()
-            stays = [not goes(row) for row in rows]
+            some = _read(path, ["key", "request_id", "created"])
+            stays = [] if some is None else [not goes(row) for row in some.to_pylist()]
             gone += len(stays) - sum(stays)
             if not any(stays):
                 path.unlink(missing_ok=True)
             elif not all(stays):
-                _write(path, table.filter(stays).combine_chunks())
+                _write(path, _read(path).filter(stays).combine_chunks())
     return gone
 
 
@@ -195,11 +194,11 @@ def _write(path: Path, table: Any) -> None:
         raise
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, columns: list[str] | None = None) -> Any:
     """None: it has just been dropped. raises: ConfigInvalid if it is no file of features"""
     parquet, pyarrow = _parquet()
     try:
-        table = parquet.read_table(pyarrow.BufferReader(path.read_bytes()))
+        table = parquet.read_table(pyarrow.BufferReader(path.read_bytes()), columns=columns)
     except FileNotFoundError:
         return None
     except (pyarrow.ArrowException, OSError) as error:
