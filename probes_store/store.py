@@ -27,6 +27,8 @@ from monitor.errors import ConfigInvalid, ProbeInvalid
 from probes_store.card import Card
 
 SHIPPED = Path(__file__).parent
+BASE = "base.safetensors"
+"""Beside the weights, of probes that have it: see probes_store.base."""
 MAX_FILE_BYTES = 256 * 2**20
 _SAFE = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}$")
 _VERSION = re.compile(r"^v[0-9]{1,6}$")
@@ -119,10 +121,13 @@ class Store:
             raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
         return stored
 
-    def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...]) -> Path:
+    def publish(
+        self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...], base: bytes | None = None
+    ) -> Path:
         """Write a probe under the next free version of the overlay, whole or not at all; returns its folder.
 
-        card.version and card.sha256 are set here. raises: ConfigInvalid without an overlay
+        card.version and the hashes are set here; base: `Base.dump()` of the training rows
+        raises: ConfigInvalid without an overlay
         """
         if self.overlay is None:
             raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
@@ -133,12 +138,18 @@ class Store:
         data = save_tensors(
             tensors | {"bias": torch.tensor(bias, dtype=torch.float32).reshape(-1)}, {"schema": "midstream-probe/1"}
         )
-        card = card.model_copy(update={"version": version, "sha256": hashlib.sha256(data).hexdigest()})
+        hashes = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "base_sha256": None if base is None else hashlib.sha256(base).hexdigest(),
+        }
+        card = card.model_copy(update={"version": version} | hashes)
         folder = self.overlay / model / card.name / version
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         try:
             (scratch / "probe.safetensors").write_bytes(data)
+            if base is not None:
+                (scratch / BASE).write_bytes(base)
             (scratch / "card.json").write_text(card.model_dump_json(indent=1) + "\n")
             scratch.chmod(0o755)
             read_folder(scratch, shipped=False)
@@ -151,7 +162,7 @@ class Store:
 
 def read_folder(folder: Path, shipped: bool) -> StoredProbe:
     """raises: ProbeInvalid, naming the file, what is wrong and what to do"""
-    card_bytes, data = _read(folder / "card.json"), _read(folder / "probe.safetensors")
+    card_bytes, data = read_file(folder / "card.json"), read_file(folder / "probe.safetensors")
     try:
         card = Card.model_validate_json(card_bytes)
     except ValidationError as error:
@@ -184,7 +195,8 @@ def read_folder(folder: Path, shipped: bool) -> StoredProbe:
     return StoredProbe(card, weight, bias, shipped, folder)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file of a probe. raises: ProbeInvalid"""
     try:
         if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
             raise ProbeInvalid(f"{path} is a link or larger than {MAX_FILE_BYTES >> 20} MiB; publish the probe again")

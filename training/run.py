@@ -20,6 +20,7 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
+from probes_store.base import Base
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
@@ -60,7 +61,7 @@ class Trainer:
     def run(self) -> Path:
         counts = ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
         self.console.print(f"rows: {counts}; layers {_listed(self.layers)} of {self.model.n_layers}")
-        fitted, metrics = self._fit()
+        fitted, metrics, base = self._fit()
         probe = self._weights(fitted)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
@@ -69,7 +70,7 @@ class Trainer:
         if self.recipe.evaluate:
             metrics["evaluation"] = self._evaluate(probe, calibrations)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
-        folder = self.store.publish(card, probe.weight, probe.bias)
+        folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
         return folder
 
@@ -86,10 +87,11 @@ class Trainer:
                     out[index, row] = streams[layer][turn.start : turn.end].mean(0).double().numpy()
         return out.reshape(len(prompts), -1)
 
-    def _fit(self) -> tuple[Fitted, dict[str, Any]]:
+    def _fit(self) -> tuple[Fitted, dict[str, Any], Base]:
         fit, test = self.parts["fit"], self.parts["test"]
         x, x_test = self.features(fit), self.features(test)
         y = np.array([r.label for r in fit])
+        base = Base.of(x.reshape(len(x), len(self.layers), -1), self.layers, y)
         weights = np.array([r.weight for r in fit])
         recipe, candidates = self.recipe, []
         if recipe.solver in ("best", "logistic"):
@@ -99,13 +101,13 @@ class Trainer:
                 candidates.append(fit_torch(x, y, weights, recipe.epochs, ticks(recipe.epochs, tick), recipe.seed))
         y_test = np.array([r.label for r in test])
         if len(set(y_test.tolist())) < 2:
-            return candidates[0], {"held_out": {}}
+            return candidates[0], {"held_out": {}}, base
         scored = {
             c.method: separation(c.logits(x_test)[y_test == 1].tolist(), c.logits(x_test)[y_test == 0].tolist())
             for c in candidates
         }
         best = max(candidates, key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}
+        return best, {"held_out": scored, "chosen": best.method}, base
 
     def _weights(self, fitted: Fitted) -> ProbeWeights:
         by_layer = fitted.weight.reshape(len(self.layers), self.model.d_model)
