@@ -30,9 +30,12 @@ class Rereader(Protocol):
         """Those that it taps, ascending."""
         ...
 
-    def reread(self, ids: Sequence[int], spans: Sequence[Turn], done: Callable[[Pooled | None], None]) -> None:
+    def reread(
+        self, ids: Sequence[int], spans: Sequence[Turn], layers: Sequence[int], done: Callable[[Pooled | None], None]
+    ) -> None:
         """Read these tokens when there is time. Does not wait; from any thread.
 
-        done: called once, from any thread, with the means; with None if it can't be read
+        layers: of `layers`, ascending; done: called once, later and from any thread, with the means, or with None if it
+        can't be read; never, if the engine stops first
         """
         ...

@@ -19,6 +19,7 @@ from rich.table import Table
 from monitor.api.app import create_app
 from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.features import eraser, feature_log
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
@@ -31,7 +32,7 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.errors import ConfigInvalid, MidstreamError
-from monitor.live import LiveProbes, load_live
+from monitor.live import LiveProbes, ServedModel, load_live
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
@@ -39,6 +40,7 @@ from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
 from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, TrafficLog
+from monitor.traffic.features import FeatureLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
 
@@ -60,6 +62,7 @@ class Sinks:
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
+        self.features: FeatureLog | None = None
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -106,7 +109,14 @@ class Sinks:
             backlog = math.nan
         self.metrics.review_backlog.set(backlog)
 
+    def keep_features(self, settings: Settings, model: ServedModel) -> FeatureLog | None:
+        """Before an engine is made that offers its sequences; None unless the setting is on. raises: ConfigInvalid"""
+        self.features = feature_log(settings, model, self.traffic, self.metrics)
+        return self.features
+
     def close(self) -> None:
+        if self.features is not None:
+            self.features.close()
         self.traffic.close()
         self.lines.close()
         if self.webhook is not None:
@@ -164,7 +174,8 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic)
+        erase = eraser(settings, sinks.traffic, sinks.features)
+        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, erase)
 
         def counted(outcome: str) -> None:
             metrics.admin_requests.labels(outcome).inc()
@@ -222,9 +233,12 @@ def serve(settings: Settings) -> int:
             console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
             server[0].should_exit = True
 
-        engine = EmbeddedEngine(model, live, settings, sinks, died)
+        features = sinks.keep_features(settings, model.served())
+        engine = EmbeddedEngine(model, live, settings, sinks, died, None if features is None else features.offer)
         stack.callback(engine.stop, 0.0)
         off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
+        if features is not None:
+            features.attach(engine.rereading)
         announce(model.name, live, lambda: engine.describe()["active"], sinks)
         metrics.read("waiting_prompts", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})

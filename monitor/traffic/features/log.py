@@ -90,7 +90,7 @@ class FeatureLog:
                 return
             one = self._reading = self._waiting.popleft()
             one.layers = reader.layers
-        reader.reread(one.ids, list(one.spans.values()), lambda pooled: self._read(one, pooled))
+        reader.reread(one.ids, list(one.spans.values()), one.layers, lambda pooled: self._read(one, pooled))
 
     def _read(self, one: Sequel, pooled: Pooled | None) -> None:
         with self._lock:
