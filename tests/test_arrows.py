@@ -37,7 +37,8 @@ MAY = {
         "monitor.track",
         "monitor.question",
     },
-    "monitor.metrics": WORDS | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
+    "monitor.metrics": WORDS
+    | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
     "monitor.offenders": {"monitor.types"},
     "monitor.audit": WORDS,
     "monitor.reread": {"monitor.types"},
