@@ -63,7 +63,8 @@ MAY = {
         "monitor.live",
         "monitor.engines",
     },
-    "monitor.engines.vllm.launch": PURE | {"monitor.config", "monitor.live", "monitor.engines", "probes_store"},
+    "monitor.engines.vllm.launch": PURE
+    | {"monitor.config", "monitor.live", "monitor.reread", "monitor.engines", "probes_store"},
     "monitor.api": PURE
     | {
         "monitor",
