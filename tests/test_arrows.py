@@ -37,10 +37,12 @@ MAY = {
         "monitor.track",
         "monitor.question",
     },
-    "monitor.metrics": WORDS | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration"},
+    "monitor.metrics": WORDS
+    | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
     "monitor.offenders": {"monitor.types"},
     "monitor.audit": WORDS,
-    "monitor.traffic": WORDS | {"monitor.traffic"},
+    "monitor.reread": {"monitor.types"},
+    "monitor.traffic": WORDS | {"monitor.traffic", "monitor.reread"},
     "monitor.notice": {"monitor.types"},
     "monitor.live": {
         "monitor.types",
@@ -53,6 +55,7 @@ MAY = {
     },
     "monitor.engines": PURE
     | {
+        "monitor.reread",
         "monitor.config",
         "monitor.policy",
         "monitor.question",

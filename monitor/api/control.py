@@ -9,6 +9,7 @@ from typing import Any
 
 from monitor.api.admin import KeyTable, Operations
 from monitor.api.admin_probes import ProbeOperations
+from monitor.api.features import Eraser
 from monitor.api.feed import Feed
 from monitor.api.retraining import Retraining, environment
 from monitor.api.review_desk import Desk
@@ -20,10 +21,12 @@ from monitor.config import Settings
 from monitor.live import LiveProbes, ServedModel
 from monitor.metrics import Metrics
 from monitor.metrics.drift import Reference
+from monitor.metrics.shift import Normal
 from monitor.offenders import Offenders
 from monitor.policy.keeper import PolicyKeeper
-from monitor.traffic import TrafficLog, find_records
-from monitor.types import Scorer
+from monitor.traffic import find_records
+from monitor.types import Phase, Scorer
+from probes_store.base import load_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def operations(
     audit: Audit,
     offenders: Offenders,
     metrics: Metrics,
-    traffic: TrafficLog | None = None,
+    erase: Eraser | None = None,
     say: Callable[[str], None] = print,
     feed: Feed | None = None,
 ) -> Operations:
@@ -66,12 +69,9 @@ def operations(
     slots = Slots(serving.live, serving.stage, put)
     swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
     shelf = Shelf(swap.store, swap.slug, settings.log, settings.target_fpr / 2)
-    retraining = Retraining(
-        lambda name: next(reversed(swap.store.versions(swap.slug, name)), None), environment(settings)
-    )
+    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings))
     probes = ProbeOperations(swap, shelf.describe, retraining)
     records = functools.partial(find_records, settings.log)
-    erase = None if traffic is None else traffic.erase
     desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
     return Operations(
         serving.describe,
@@ -99,3 +99,21 @@ def show_probes(metrics: Metrics, live: LiveProbes) -> None:
                 references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
     shown = [(p.name, p.card.version, p.card.sha256, ",".join(map(str, p.card.layers))) for p in live.probes]
     metrics.probes(shown, live.rules, references, live.policies)
+    if metrics.shift.watched:
+        metrics.shift.expect(harmless(live))
+
+
+def harmless(live: LiveProbes) -> dict[tuple[str, Phase], dict[int, Normal]]:
+    """Where the harmless training rows of each probe lay that says so, by layer.
+
+    raises: ProbeInvalid if what lies beside a probe is damaged
+    """
+    found: dict[tuple[str, Phase], dict[int, Normal]] = {}
+    for probe in live.probes:
+        base, calibrated = load_base(probe), probe.card.calibration.get("chat", {})
+        of_layers = {} if base is None else {layer: Normal.of(base.cells[layer, 0]) for layer in base.layers}
+        # Its rows are prompts, unless it is a probe of answers alone.
+        phase = Phase.RESPONSE if calibrated.keys() == {Phase.RESPONSE.value} else Phase.PROMPT
+        if of_layers and None not in of_layers.values():
+            found[probe.name, phase] = {layer: normal for layer, normal in of_layers.items() if normal is not None}
+    return found

@@ -20,6 +20,7 @@ from rich.table import Table
 from monitor.api.app import create_app
 from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.features import eraser, feature_log
 from monitor.api.feed import Feed
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
@@ -40,6 +41,7 @@ from monitor.metrics.processes import shared_folder
 from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
 from monitor.traffic import Cipher, TrafficLog
+from monitor.traffic.features import FeatureLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
 
@@ -62,6 +64,7 @@ class Sinks:
             cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
         self.feed = Feed()
+        self.features: FeatureLog | None = None
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -109,7 +112,14 @@ class Sinks:
             backlog = math.nan
         self.metrics.review_backlog.set(backlog)
 
+    def keep_features(self, settings: Settings, model: ServedModel) -> FeatureLog | None:
+        """Before an engine is made that offers its sequences; None unless the setting is on. raises: ConfigInvalid"""
+        self.features = feature_log(settings, model, self.traffic, self.metrics)
+        return self.features
+
     def close(self) -> None:
+        if self.features is not None:
+            self.features.close()
         self.traffic.close()
         self.lines.close()
         if self.webhook is not None:
@@ -167,6 +177,7 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
+        erase = eraser(settings, sinks.traffic, sinks.features)
         what = operations(
             serving,
             settings,
@@ -174,7 +185,7 @@ class Door:
             self.audit,
             sinks.offenders,
             metrics,
-            sinks.traffic,
+            erase,
             say=say,
             feed=sinks.feed,
         )
@@ -235,9 +246,12 @@ def serve(settings: Settings) -> int:
             console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
             server[0].should_exit = True
 
-        engine = EmbeddedEngine(model, live, settings, sinks, died)
+        features = sinks.keep_features(settings, model.served())
+        engine = EmbeddedEngine(model, live, settings, sinks, died, None if features is None else features.offer)
         stack.callback(engine.stop, 0.0)
         off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
+        if features is not None:
+            features.attach(engine.rereading)
         announce(model.name, live, lambda: engine.describe()["active"], sinks)
         metrics.read("waiting_prompts", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})

@@ -38,6 +38,11 @@ def serve(settings: Settings) -> int:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
         remember_hangups()
         shared_folder()  # an unusable one is known before the model is loaded
+        if settings.log_features:
+            raise ConfigInvalid(
+                "log_features needs an engine of ours: the observer behind --upstream gives scores, never activations; "
+                "turn it off, or serve the model with --engine embedded or vllm"
+            )
         upstream = connect(settings)
         metrics = Metrics()
         edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key), lambda: sinks.traffic)

@@ -117,13 +117,17 @@ def serve(settings: Settings, extra: Sequence[str]) -> int:
             prepared = plan(settings, extra)
         sinks = Sinks(settings, metrics, edge.spans)
         stack.callback(sinks.close)
+        sinks.keep_features(settings, prepared.model)
         code: int = uvloop.run(_serve(prepared, listener, sinks, door, console))
         return code
 
 
 async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, door: Door, console: Console) -> int:
     console.print(f"starting vLLM with {prepared.model.name} …", highlight=False)
-    async with started(prepared, sinks) as running:
+    features = sinks.features
+    async with started(prepared, sinks, offer=None if features is None else features.offer) as running:
+        if features is not None:
+            features.attach(running.rereading)
         app = await build(running, sinks.metrics, door.edge)
         announce(prepared.model.name, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))

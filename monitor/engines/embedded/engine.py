@@ -15,6 +15,7 @@ from monitor.engines.embedded.asking import Asking
 from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
 from monitor.engines.embedded.generation import Generation, Group
 from monitor.engines.embedded.model import LoadedModel
+from monitor.engines.embedded.reread import Rereading
 from monitor.engines.embedded.sampling import Sampler
 from monitor.engines.embedded.schedule import Schedule
 from monitor.engines.embedded.sets import Forward, ProbeSet, Sets
@@ -22,6 +23,7 @@ from monitor.engines.embedded.text import AnswerText
 from monitor.engines.embedded.trial import Trial
 from monitor.errors import Overloaded, RequestInvalid
 from monitor.live import LiveProbes
+from monitor.reread import Offer
 from monitor.types import Deliver, FinishReason, GenerationRequest, Observer, Prompt, Scores
 
 _PAUSE_S = 0.05
@@ -31,6 +33,7 @@ class EmbeddedEngine:
     """transformers in this process. `start` it, `submit` requests, `stop` it; `prefill` scores without generating.
 
     died: called once, from the engine's thread, when a step raises; the engine is then not ready for good
+    offer: told of each finished sequence after its record was published; `rereading` reads it again
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class EmbeddedEngine:
         settings: Settings,
         observer: Observer,
         died: Callable[[BaseException], None] = lambda error: None,
+        offer: Offer | None = None,
     ) -> None:
         self.model_name = model.name
         self.max_model_len = min(model.max_model_len, settings.max_model_len or model.max_model_len)
@@ -47,7 +51,7 @@ class EmbeddedEngine:
         self._model = model
         self._settings = settings
         self._observer = observer
-        self._died = died
+        self._died, self._offer = died, offer
         self._sets = Sets(live)
         self._pass = Forward(model, self._sets.current, settings.max_step_tokens + settings.max_sequences)
         self._schedule = Schedule(settings)
@@ -55,6 +59,7 @@ class EmbeddedEngine:
         self._beside: list[Generation] = []  # canaries: not behind others, a roll-back must not wait for a slot
         self._wake = threading.Condition()
         self._asking = Asking(self._wake, lambda ids: str(model.tokenizer.decode(ids)))
+        self.rereading = Rereading(model.module, lambda: self.live.bank.layers, self._wake, settings.max_step_tokens)
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
@@ -177,6 +182,7 @@ class EmbeddedEngine:
                 AnswerText(self._model.tokenizer, request.sampling.stop),
                 deliver,
                 self._observer.record,
+                self._offer,
             )
 
     # --- the engine's thread ------------------------------------------------------------------------------------
@@ -192,16 +198,17 @@ class EmbeddedEngine:
                     self._beside = []
                 if self._schedule.active and not self._step():
                     self._pause()
+                self.rereading.step(bool(self._schedule.active or self._schedule.waiting))
         except BaseException as error:
             self._die(error)
 
     def _wait_for_work(self) -> bool:
         schedule = self._schedule
         with self._wake:
-            while not (schedule.waiting or schedule.active or self._beside or self._stopping):
+            while not (schedule.waiting or schedule.active or self._beside or self.rereading.waits or self._stopping):
                 self._aborted.clear()  # nobody is here that they could name
                 self._wake.wait()
-            return bool(schedule.waiting or schedule.active or self._beside)
+            return bool(schedule.waiting or schedule.active or self._beside or not self._stopping)
 
     def _pause(self) -> None:
         """Every active sequence waits for the second judge, who answers within a deadline."""

@@ -23,6 +23,17 @@ class Given:
 
 
 @dataclass(slots=True)
+class Averages:
+    """A request of ours that is read for its residual stream alone: nothing of it is judged or recorded.
+
+    spans: positions [start, end); means: (n_spans, n_layers, d_model) float32 as bytes, once they have come
+    """
+
+    spans: list[list[int]]
+    means: bytes | None = None
+
+
+@dataclass(slots=True)
 class Call:
     """key: name of the API key; model: its own name, asked: as the client spelled it; expected: sequences that will be
     generated, n for each prompt; history: token ids that precede the newest turn, empty if unknown; silent: it leaves
@@ -45,6 +56,7 @@ class Call:
     trace: Trace | None = None
     silent: bool = False
     bank: Bank | None = None
+    averages: Averages | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     terms: Terms | None = None
     openings: dict[int, Opening] = field(default_factory=dict)
