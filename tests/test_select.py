@@ -183,6 +183,19 @@ def test_the_command_ranks_and_says_what_to_write(folder, tiny_folder):
     assert "put into the recipe: layers: " in result.output
 
 
+def test_mean_and_last_token_lie_side_by_side_where_the_recipe_fits_both(folder, tiny_folder):
+    """The word that tells is the last but one: the last token adds to the mean."""
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe + "prompt: {kind: mean_last}\nresponse: {kind: mean_last}\n")
+    both = json.loads(run(folder, tiny_folder, "--blocks", "1", "--solver", "lda", "--json").stdout)
+    (folder / "recipe.yaml").write_text(recipe)
+    mean = json.loads(run(folder, tiny_folder, "--blocks", "1", "--solver", "lda", "--json").stdout)
+    assert both["tried"][0]["threshold"] != mean["tried"][0]["threshold"] and both["tried"][0]["auroc"] > 0.9
+    (folder / "recipe.yaml").write_text(recipe + "head: {pooling: attention}\n")
+    result = run(folder, tiny_folder, "--blocks", "1")
+    assert result.exit_code != 0 and "a head is no direction" in (result.output + str(result.exception))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [(("--blocks", "99"), "the model has blocks"), (("--solver", "svm"), "svm"), (("--blocks", "x"), "numbers and")],
