@@ -29,6 +29,7 @@ from training.data import Row
 from training.evaluate import separation
 from training.fit import Array, Fitted, fit_torch
 from training.logistic import fit_logistic_layers
+from training.peaks import Running, fit_peaks, running_means
 from training.progress import progress, ticks
 from training.recipe import Recipe, default_recipe, gather, read_recipe
 from training.report_card import evaluate_sets
@@ -77,9 +78,9 @@ class Trainer:
 
     # --- activations and fit ------------------------------------------------------------------------------------
 
-    def features(self, rows: Sequence[Row]) -> Array:
+    def features(self, rows: Sequence[Row], running: dict[int, Running] | None = None) -> Array:
         """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
-        and for a second projection the last of them."""
+        and for a second projection the last of them. running: filled with what `fit_peaks` takes, by row"""
         prompts = [self.reader.labelled(r) for r in rows]
         out = np.zeros((len(prompts), self.recipe.projections, len(self.layers), self.model.d_model))
         with progress(self.console, f"activations at layers {_listed(self.layers)}", len(prompts)) as tick:
@@ -89,16 +90,26 @@ class Trainer:
                     stream = streams[layer][turn.start : turn.end]
                     out[index, 0, column] = stream.mean(0).double().numpy()
                     out[index, 1:, column] = stream[-1].double().numpy()
+                if running is not None:
+                    turns = torch.cat([streams[layer][turn.start : turn.end] for layer in self.layers], 1)
+                    # Nothing comes after a last token, so a server never scores it.
+                    seen = turns[: max(1, len(turns) - 1)] if rows[index].answer else turns.mean(0, keepdim=True)
+                    running[index] = running_means(seen, self.recipe.response.decay)
         return out
 
     def _fit(self) -> tuple[Fitted, dict[str, Any], Base]:
         fit, test = self.parts["fit"], self.parts["test"]
-        pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
+        running: dict[int, Running] | None = {} if self.recipe.peaks else None
+        pooled, x_test = self.features(fit, running), self.features(test).reshape(len(test), -1)
         y = np.array([r.label for r in fit])
         base = Base.of(pooled[:, 0], self.layers, y)
         x, weights = pooled.reshape(len(fit), -1), np.array([r.weight for r in fit])
         recipe, candidates = self.recipe, []
-        if recipe.solver in ("best", "logistic"):
+        if running is not None:
+            with progress(self.console, "logistic regression, rounds", recipe.peaks + 1) as tick:
+                collected = [running[i] for i in range(len(fit))]
+                candidates.append(fit_peaks(x, collected, y, weights, recipe.c, recipe.peaks, tick))
+        elif recipe.solver in ("best", "logistic"):
             candidates += fit_logistic_layers(x[:, None], y, weights, recipe.c, dtype=torch.float64)
         if recipe.solver in ("best", "adam"):
             with progress(self.console, "LinearProbe, epochs", recipe.epochs) as tick:
