@@ -15,7 +15,19 @@ from monitor.errors import ConfigInvalid
 from monitor.heads import HEAD_KINDS
 from monitor.types import Phase
 from probes_store.card import DataFile
-from training.data import EVALUATE_ONLY, OWN, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.data import (
+    EVALUATE_ONLY,
+    OWN,
+    PAIRS,
+    Part,
+    Row,
+    balanced,
+    of_each_group,
+    sample,
+    split,
+    text_hash,
+    unique,
+)
 from training.forms import reformed
 from training.heads import HeadRecipe
 from training.load import read_rows, stem
@@ -38,8 +50,8 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """file: as training.load reads it, or `pairs` or `lookalikes` for our own; label: only rows of that label
-    limit: rows taken; weight: of each row
+    """file: as training.load reads it, or `pairs`, `lookalikes`, `answers` for our own; label: only rows of that label
+    split: only rows of that split; each: rows of a group and label at most; limit: rows taken; weight: of each row
 
     made: pairs made by rule out of each row, with the concept (label 1) and as it is (0)
     answers: the label is about each row's `response`, not about its `text`
@@ -49,6 +61,8 @@ class Source(_Part):
 
     file: File
     label: Literal[0, 1] | None = None
+    split: str | None = None
+    each: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
     made: Made | None = None
@@ -85,6 +99,8 @@ class Recipe(_Part):
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
+    peaks: int = Field(0, ge=0, le=10)
+    """Rounds of training.peaks: answers are fitted where they look worst, as they are served."""
     answers: int = Field(0, ge=0)
     answer_tokens: int = Field(64, ge=2)
     evaluate: tuple[File, ...] = ()
@@ -124,6 +140,10 @@ class Recipe(_Part):
             if how.kind in HEAD_KINDS and how.kind != "mean_last":
                 raise ValueError(f"{how.kind} is a head's way; write it under `head`, without `prompt` and `response`")
             how.check(self.projections)
+        if self.peaks and (self.solver, self.projections) != ("logistic", 1):
+            raise ValueError("peaks are for `solver: logistic` and one projection")
+        if self.peaks and self.response.kind not in ("ema", "mean"):
+            raise ValueError(f"peaks need a running mean for answers, `ema` or `mean`, not {self.response.kind}")
         return self
 
     @model_validator(mode="before")
@@ -177,8 +197,12 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         rows = _about(rows, source, described.file)
         known = {r.identity for r in seen}
         rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
+        if source.split is not None:
+            rows = [r for r in rows if r.split == source.split]
         if source.label is not None:
             rows = [r for r in rows if r.label == source.label]
+        if source.each is not None:
+            rows = of_each_group(rows, source.each, recipe.seed)
         rows = [
             replace(r, weight=source.weight, key=r.source if source.by_source else stem(file))
             for r in sample(rows, source.limit, recipe.seed)
