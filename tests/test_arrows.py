@@ -37,7 +37,8 @@ MAY = {
         "monitor.track",
         "monitor.question",
     },
-    "monitor.metrics": WORDS | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
+    "monitor.metrics": WORDS
+    | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
     "monitor.offenders": {"monitor.types"},
     "monitor.audit": WORDS,
     "monitor.reread": {"monitor.types"},
@@ -62,7 +63,8 @@ MAY = {
         "monitor.live",
         "monitor.engines",
     },
-    "monitor.engines.vllm.launch": PURE | {"monitor.config", "monitor.live", "monitor.engines", "probes_store"},
+    "monitor.engines.vllm.launch": PURE
+    | {"monitor.config", "monitor.live", "monitor.reread", "monitor.engines", "probes_store"},
     "monitor.api": PURE
     | {
         "monitor",
@@ -122,13 +124,14 @@ MAY = {
     "monitor.cli_gate": {"monitor.config", "training"},
     "monitor.cli_evaluate": {"monitor.config", "training"},
     "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
-    "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines.embedded", "training"},
+    "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines", "monitor.reread", "training"},
     "monitor.cli_review": WORDS | {"monitor.config", "monitor.traffic"},
     "monitor.cli_top": WORDS | {"monitor.top"},
     "monitor.top": WORDS | {"monitor.top"},
     "monitor.cli_policy": WORDS | {"monitor.config", "monitor.policy", "probes_store"},
     "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
-    "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},
+    "training": PURE
+    | {"monitor", "monitor.config", "monitor.reread", "monitor.engines.embedded", "probes_store", "training"},
 }
 LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use
 
