@@ -37,7 +37,8 @@ MAY = {
         "monitor.track",
         "monitor.question",
     },
-    "monitor.metrics": WORDS | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
+    "monitor.metrics": WORDS
+    | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},
     "monitor.offenders": {"monitor.types"},
     "monitor.audit": WORDS,
     "monitor.reread": {"monitor.types"},
@@ -121,6 +122,7 @@ MAY = {
     "monitor.cli_train": {"monitor.config", "training"},
     "monitor.cli_gate": {"monitor.config", "training"},
     "monitor.cli_evaluate": {"monitor.config", "training"},
+    "monitor.cli_retrain": WORDS | {"monitor.audit", "monitor.config", "training"},
     "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
     "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines.embedded", "training"},
     "monitor.cli_select": {"monitor.config", "monitor.cli_harvest", "training"},
@@ -130,6 +132,10 @@ MAY = {
     "monitor.cli_policy": WORDS | {"monitor.config", "monitor.policy", "probes_store"},
     "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
     "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},
+    # Data of the log crosses here: labels, features and, with the key, texts.
+    "training.traffic": WORDS | {"monitor.traffic", "probes_store", "training"},
+    "training.said": WORDS
+    | {"monitor.config", "monitor.engines.embedded", "monitor.traffic", "probes_store", "training"},
 }
 LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use
 
