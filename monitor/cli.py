@@ -24,6 +24,7 @@ from monitor import (
     cli_observer,
     cli_policy,
     cli_probe,
+    cli_retrain,
     cli_review,
     cli_select,
     cli_top,
@@ -52,6 +53,7 @@ app.command("lens")(cli_lens.lens)
 app.add_typer(cli_lens.experiment, name="experiment")
 app.command("harvest", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cli_harvest.harvest)
 app.add_typer(cli_log.app, name="log")
+app.command("retrain")(cli_retrain.retrain)
 app.command("review")(cli_review.review)
 app.command("select")(cli_select.select)
 app.command("top")(cli_top.top)

@@ -123,6 +123,7 @@ MAY = {
     "monitor.cli_train": {"monitor.config", "training"},
     "monitor.cli_gate": {"monitor.config", "training"},
     "monitor.cli_evaluate": {"monitor.config", "training"},
+    "monitor.cli_retrain": WORDS | {"monitor.audit", "monitor.config", "training"},
     "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
     "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines", "monitor.reread", "training"},
     "monitor.cli_select": {"monitor.config", "monitor.cli_harvest", "training"},
@@ -133,6 +134,10 @@ MAY = {
     "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
     "training": PURE
     | {"monitor", "monitor.config", "monitor.reread", "monitor.engines.embedded", "probes_store", "training"},
+    # Data of the log crosses here: labels, features and, with the key, texts.
+    "training.traffic": WORDS | {"monitor.traffic", "probes_store", "training"},
+    "training.said": WORDS
+    | {"monitor.config", "monitor.engines.embedded", "monitor.traffic", "probes_store", "training"},
 }
 LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use
 

@@ -98,13 +98,6 @@ class Trainer:
         metrics: dict[str, Any],
     ) -> Card:
         model = self.model
-        bank = ProbeBank([probe], model.d_model)
-        prompts = [self.reader.prompt(text) for text in CANARIES]
-        canaries = {}
-        for index, streams in residual_streams(model, prompts, self.layers):
-            counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
-            scores = score_streams(bank, streams)[counted].ravel()
-            canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
         return Card(
             name=self.name,
             version="v1",  # the store sets the next free one
@@ -131,7 +124,7 @@ class Trainer:
             data=tuple(self.files),
             fit={"method": fitted.method, **fitted.details, "recipe": self.recipe.model_dump(mode="json")},
             metrics=metrics,
-            canaries=tuple(canaries[i] for i in range(len(CANARIES))),
+            canaries=canaries_of(self.reader, probe),
             sha256=hashlib.sha256(b"").hexdigest(),  # the store sets it
         )
 
@@ -154,6 +147,18 @@ class Trainer:
             f"[bold]published[/] {folder}\n"
             f"it starts in shadow; to use it: midstream serve --mode {self.name}.{phase}=flag"
         )
+
+
+def canaries_of(reader: Reader, probe: ProbeWeights) -> tuple[Canary, ...]:
+    """What the probe gives at every counted position of a few texts."""
+    bank = ProbeBank([probe], reader.model.d_model)
+    prompts = [reader.prompt(text) for text in CANARIES]
+    canaries = {}
+    for index, streams in residual_streams(reader.model, prompts, bank.layers):
+        counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
+        scores = score_streams(bank, streams)[counted].ravel()
+        canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
+    return tuple(canaries[i] for i in range(len(CANARIES)))
 
 
 def train(
