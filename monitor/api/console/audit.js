@@ -12,8 +12,9 @@ export function showAudit(place) {
   const all = h("input", { type: "checkbox" });
   let rows = [];
 
+  const isReading = (r) => r.method === "GET" && !r.refused && (HIDDEN.has(r.path) || r.path.startsWith("/admin/requests/"));
   const draw = () => {
-    const shown = all.checked ? rows : rows.filter((r) => r.method !== "GET" || r.refused || !HIDDEN.has(r.path));
+    const shown = rows.filter((r) => all.checked || !isReading(r));
     const lines = shown.map((r) => [time(r.time, true), r.actor, h("code", null, r.method), h("code", { class: "path" }, visible(r.path)),
       r.refused ? h("span", { class: "bad" }, `refused: ${r.refused}`) : (r.result ?? "…"), r.peer, { n: r.unwritten ? count(r.unwritten) : "" }]);
     out.replaceChildren(table("Actions, the newest first", ["time", "who", "", "what", "result", "from", "uncounted before"], lines, { class: "stack" }));
@@ -30,7 +31,7 @@ export function showAudit(place) {
 
   all.addEventListener("change", draw);
   place.append(h("section", { class: "page", "aria-label": "Audit trail" },
-    h("div", { class: "line" }, h("h1", null, "Audit trail"), h("span", { class: "spring" }), h("label", { class: "check" }, all, " with reading"), button(["Again ", h("kbd", null, "r")], load)), out));
+    h("div", { class: "line" }, h("h1", null, "Audit trail"), h("span", { class: "spring" }), h("label", { class: "check" }, all, " reading too"), button(["Again ", h("kbd", null, "r")], load)), out));
   setKeys([["r", "read again", load]]);
   load();
 }

@@ -50,8 +50,8 @@ export function heat(value, full) {
   return Math.max(-4, Math.min(4, steps));
 }
 
-/** The largest value of a text, but no less than the threshold and no more than twice: one peak must not hide the rest. */
+/** What 95 % of a text's values stay below, and no less than the threshold: one peak must not hide the rest. */
 export function fullHeat(threshold, values) {
-  const largest = values.reduce((most, value) => (known(value) ? Math.max(most, Math.abs(value)) : most), 1);
-  return known(threshold) && threshold > 0.5 ? Math.max(threshold, Math.min(largest, 2 * threshold)) : largest;
+  const sizes = values.filter(known).map(Math.abs).sort((a, b) => a - b);
+  return Math.max(1, threshold ?? 0, sizes[Math.floor(0.95 * (sizes.length - 1))] ?? 0);
 }
