@@ -242,16 +242,20 @@ def test_what_the_lens_can_not_do_is_said(lensed):
         assert (got, says in body["error"]["message"]) == (status, True)
 
 
-def test_one_lens_at_a_time_and_it_ends_with_the_server(lensed):
+def test_one_lens_at_a_time_and_it_ends_with_the_server(tmp_path):
+    one = ConsolePort(tmp_path, lens=Lensing(load_settings(), (sys.executable, "-c", SCRIPT)))
+    for text in ("hello", "slow"):
+        one.say(text, text)
+    one.written()
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(_tried(lensed)))
+    waiting = threading.Thread(target=lambda: answers.append(_tried(one)))
     waiting.start()
     deadline = time.monotonic() + 20
-    while (status := lensed.status("POST", "/admin/lens", BEARER, {"id": "hello"})) != 409:
+    while (status := one.status("POST", "/admin/lens", BEARER, {"id": "hello"})) != 409:
         assert time.monotonic() < deadline and status == 200
-    lensed_stop(lensed)
+    one.stop()
     waiting.join(20)
-    assert not waiting.is_alive()
+    assert not waiting.is_alive() and answers != [200]
 
 
 def _tried(port):
@@ -262,12 +266,6 @@ def _tried(port):
         return status
     except (OSError, http.client.HTTPException) as error:
         return type(error).__name__
-
-
-def lensed_stop(port):
-    port._loop.call_soon_threadsafe(port._end.set)
-    port._thread.join(20)
-    assert not port._thread.is_alive()
 
 
 # --- live -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // Numbers, times and verdicts as they are written everywhere in the console.
 
-import { h } from "./dom.js";
+import { h, visible } from "./dom.js";
 
 const SHAPES = { block: "■", flag: "▲", escalate: "◆", unmonitored: "◇", allow: "○" };
 export const VERDICTS = ["block", "flag", "escalate", "unmonitored", "allow"];
@@ -30,11 +30,6 @@ function ago(seconds) {
     if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}`;
   }
   return "";
-}
-
-/** A text whose signs can be seen: what does not print, or turns text around, is named or becomes a box. */
-export function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g, "□");
 }
 
 /** One token on one line. */
