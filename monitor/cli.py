@@ -25,6 +25,7 @@ from monitor import (
     cli_policy,
     cli_probe,
     cli_review,
+    cli_select,
     cli_top,
     cli_train,
 )
@@ -52,6 +53,7 @@ app.add_typer(cli_lens.experiment, name="experiment")
 app.command("harvest")(cli_harvest.harvest)
 app.add_typer(cli_log.app, name="log")
 app.command("review")(cli_review.review)
+app.command("select")(cli_select.select)
 app.command("top")(cli_top.top)
 app.command("train")(cli_train.train)
 app.add_typer(cli_observer.app, name="observer")

@@ -14,6 +14,7 @@ from monitor.audit import Audit
 from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid
 from monitor.traffic import Cipher, counts, erase, erase_texts, erased_from, find_said
+from monitor.traffic.features import erase_features
 
 app = typer.Typer(no_args_is_help=True, help="The traffic log: counts, kept texts, and erasing.")
 Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
@@ -50,16 +51,20 @@ def erase_some(
     texts: Annotated[bool, typer.Option("--texts", help="Every kept text; records and labels stay.")] = False,
     config: Config = None,
 ) -> None:
-    """Erase records with their readings, labels and texts: the bytes in the file too. There is no way back."""
+    """Erase records with their readings, labels, texts and features: the bytes in the files too. There is no way back.
+
+    While a server with log_features runs, use its POST /admin/erase: it also knows what is not in a file yet.
+    """
     if [key is not None, request_id is not None, texts].count(True) != 1:
         raise ConfigInvalid("erase what? Give one of --key NAME, --id REQUEST_ID or --texts")
     settings = load_settings(config)
     number = None if request_id is None else _plain(request_id)
     act = erase_texts if texts else functools.partial(erase, key=key, request_id=number)
     n = erased_from(settings.log, act)
+    rows = 0 if texts else erase_features(settings.features, key, number)
     what = "every text" if texts else f"key {key!r}" if key is not None else f"request {number!r}"
     _note(settings, what, n)
-    _say(f"erased {n} {'texts' if texts else 'records'}")
+    _say(f"erased {n} {'texts' if texts else 'records'}" + (f" and {rows} features" if rows else ""))
 
 
 def _note(settings: Settings, what: str, n: int) -> None:

@@ -107,6 +107,8 @@ class Card(_Part):
     """Largest difference of a canary's logit; wide enough for another CPU's float32, not for another model."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of probe.safetensors."""
+    base_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Of base.safetensors, the moments of its training rows. Older probes have none."""
 
     def probability(self, value: float) -> float:
         """Of a prompt's value, in chat: calibrated where the card can, else the logistic function of the logit."""

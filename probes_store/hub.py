@@ -69,6 +69,7 @@ def pull(store: Store, repository: str, commit: str) -> StoredProbe:
                 return there
     pin(store, model, card.name)
     origin = {"repository": repository, "commit": commit, "version": card.version}
+    # Its base stays where it was made: it may be of somebody's traffic, and is not pushed.
     card = card.model_copy(update={"fit": card.fit | {"pulled": origin}})
     return read_folder(store.publish(card, pulled.weight, pulled.bias), shipped=False)
 

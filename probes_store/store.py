@@ -24,9 +24,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from monitor.errors import ConfigInvalid, ProbeInvalid
+from monitor.types import CANDIDATE_MARK
 from probes_store.card import Card
 
 SHIPPED = Path(__file__).parent
+PREVIOUS, CANDIDATE = "@previous", "@candidate"
+"""Behind `model/probe` in live.json: the version to go back to, and the one on trial in shadow."""
+BASE = "base.safetensors"
+"""Beside the weights, of probes that have it: see probes_store.base."""
 MAX_FILE_BYTES = 256 * 2**20
 _SAFE = re.compile(r"^[a-z0-9][a-z0-9._-]{0,127}$")
 _VERSION = re.compile(r"^v[0-9]{1,6}$")
@@ -36,7 +41,7 @@ _VERSION = re.compile(r"^v[0-9]{1,6}$")
 class StoredProbe:
     """A verified probe. weight: per layer (d_model,) float32, finite, or (k, d_model) of k projections, and k biases
 
-    shipped: it lies in the wheel's store
+    shipped: it lies in the wheel's store; candidate: it is served on trial, beside the live version
     """
 
     card: Card
@@ -44,6 +49,12 @@ class StoredProbe:
     bias: float | tuple[float, ...]
     shipped: bool
     path: Path
+    candidate: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in service: a candidate by its version too."""
+        return self.card.name + (f"{CANDIDATE_MARK}{self.card.version}" if self.candidate else "")
 
 
 def model_slug(name: str) -> str:
@@ -70,6 +81,9 @@ class Store:
                 found |= {p.name: p for p in folder.iterdir() if p.is_dir() and _VERSION.match(p.name)}
         return dict(sorted(found.items(), key=lambda item: int(item[0][1:])))
 
+    def newest(self, model: str, probe: str) -> str | None:
+        return next(reversed(self.versions(model, probe)), None)
+
     def probes(self, model: str) -> list[str]:
         names: set[str] = set()
         for root in (self.shipped, self.overlay):
@@ -78,9 +92,9 @@ class Store:
                 names |= {p.name for p in folder.iterdir() if p.is_dir() and self.versions(model, p.name)}
         return sorted(names)
 
-    def live(self, model: str) -> dict[str, str]:
-        """Probe -> the version to serve: what live.json says, else the newest."""
-        chosen = self.choices()
+    def live(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Probe -> the version to serve: what live.json says, else the newest. chosen: in place of live.json"""
+        chosen = self.choices() if chosen is None else chosen
         result = {}
         for probe in self.probes(model):
             versions = self.versions(model, probe)
@@ -92,6 +106,13 @@ class Store:
                 )
             result[probe] = version
         return result
+
+    def candidates(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Probe -> the version that is on trial beside the live one, one at most; it may be missing from the store."""
+        chosen = self.choices() if chosen is None else chosen
+        live = self.live(model, chosen)
+        found = [(probe, chosen.get(f"{model}/{probe}{CANDIDATE}", live[probe])) for probe in live]
+        return {probe: version for probe, version in found if version != live[probe]}
 
     def choices(self) -> dict[str, str]:
         """What live.json says, empty without one. raises: ConfigInvalid if it is damaged"""
@@ -119,10 +140,13 @@ class Store:
             raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
         return stored
 
-    def publish(self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...]) -> Path:
+    def publish(
+        self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...], base: bytes | None = None
+    ) -> Path:
         """Write a probe under the next free version of the overlay, whole or not at all; returns its folder.
 
-        card.version and card.sha256 are set here. raises: ConfigInvalid without an overlay
+        card.version and the hashes are set here; base: `Base.dump()` of the training rows
+        raises: ConfigInvalid without an overlay
         """
         if self.overlay is None:
             raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
@@ -133,12 +157,18 @@ class Store:
         data = save_tensors(
             tensors | {"bias": torch.tensor(bias, dtype=torch.float32).reshape(-1)}, {"schema": "midstream-probe/1"}
         )
-        card = card.model_copy(update={"version": version, "sha256": hashlib.sha256(data).hexdigest()})
+        hashes = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "base_sha256": None if base is None else hashlib.sha256(base).hexdigest(),
+        }
+        card = card.model_copy(update={"version": version} | hashes)
         folder = self.overlay / model / card.name / version
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         try:
             (scratch / "probe.safetensors").write_bytes(data)
+            if base is not None:
+                (scratch / BASE).write_bytes(base)
             (scratch / "card.json").write_text(card.model_dump_json(indent=1) + "\n")
             scratch.chmod(0o755)
             read_folder(scratch, shipped=False)
@@ -151,7 +181,7 @@ class Store:
 
 def read_folder(folder: Path, shipped: bool) -> StoredProbe:
     """raises: ProbeInvalid, naming the file, what is wrong and what to do"""
-    card_bytes, data = _read(folder / "card.json"), _read(folder / "probe.safetensors")
+    card_bytes, data = read_file(folder / "card.json"), read_file(folder / "probe.safetensors")
     try:
         card = Card.model_validate_json(card_bytes)
     except ValidationError as error:
@@ -184,7 +214,8 @@ def read_folder(folder: Path, shipped: bool) -> StoredProbe:
     return StoredProbe(card, weight, bias, shipped, folder)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file of a probe. raises: ProbeInvalid"""
     try:
         if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
             raise ProbeInvalid(f"{path} is a link or larger than {MAX_FILE_BYTES >> 20} MiB; publish the probe again")

@@ -16,11 +16,12 @@ from monitor.cli_harvest import harvest as command
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, MidstreamError, ProbeMismatch
+from probes_store.moments import Moments
 from training.data import Row
 from training.families import lda
 from training.harvest import Sample, harvest, make_plan, statistics_of, unfinished
 from training.shards import MANIFEST, Harvest, read_manifest, shard_path, write_shard
-from training.statistics import Moments, Statistics
+from training.statistics import Statistics
 
 LAYERS = (0, 2, 3)
 TEXTS = [f"{'red green blue ' * (i % 5)}{i}" for i in range(23)]

@@ -167,6 +167,7 @@ def test_promote_and_rollback(run, store):
         "probe": "demo",
         "live": "v2",
         "previous": "v1",
+        "candidate": None,
     }
     assert store.live(MODEL) == {"demo": "v2"}
     told(run("probe", "rollback", "demo"))

@@ -210,7 +210,7 @@ class Both:
             service = Service(engine, model.template, self.settings, frozenset({model.name}), 300)
             app = create_app(service, metrics, engine.readiness, edge)
             config = uvicorn.Config(app, timeout_graceful_shutdown=5, **edge.server_options())
-            serving = embedded(engine, model.template)
+            serving = embedded(engine, model.served())
             self._server = Server(config, engine, door.beside(serving, sinks, self._say))
             engine.start()
             self.data = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor.errors import ConfigInvalid, ProbeMismatch
-from training.statistics import Cell, Moments, Statistics
+from probes_store.moments import Moments
+from training.statistics import Cell, Statistics
 
 D = 6
 ORIGIN = {"model": "m", "pooling": "mean"}

@@ -10,6 +10,7 @@ from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.live import counted, load_live
 from monitor.types import Mode
+from probes_store.base import load_base
 from probes_store.store import Store
 from training.run import train
 
@@ -46,6 +47,8 @@ def test_the_card_says_what_was_done(trained, tiny):
     assert set(card.metrics["held_out"]) == {"logistic_regression", "linear_probe_adam"}
     assert card.metrics["held_out"][card.metrics["chosen"]]["auroc"] > 0.95
     assert card.data[0].rows == 1500 and card.data[0].positive == 150
+    base = load_base(Store(settings.store).load("tiny-llama", "hashes", "v1"))
+    assert base.layers == (1,) and base.rows(0) > 5 * base.rows(1) > 0
     assert card.calibration["chat"]["prompt"].n > 600 and card.calibration["chat"]["response"].n == 12
     assert "response" not in card.calibration["raw"]
     rates = {(t.phase, t.target_fpr): t for t in card.thresholds if t.format == "chat"}

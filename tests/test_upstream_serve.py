@@ -1,4 +1,4 @@
-"""`midstream serve --upstream` as an operator starts it: a really exported observer, the command, a scripted endpoint."""
+"""`midstream serve --upstream` as an operator starts it: an exported observer, the command, a scripted endpoint."""
 
 import os
 import subprocess

@@ -65,7 +65,8 @@ class Calibrator:
             for form, phases in result.items():
                 usable = prompts if form == "chat" else [r for r in prompts if len(r.text.split()) > 1]
                 values = self.values(usable, f"calibrating prompts ({form})", form)
-                phases[Phase.PROMPT] = Calibration.fit(values, source)
+                lengths = [len(self.reader.prompt(r.text, form).token_ids) for r in usable]
+                phases[Phase.PROMPT] = Calibration.fit(values, source, lengths=lengths)
         # Raw text has no answer in the sense of a dialogue; without a calibration a probe can only shadow it.
         if self.recipe.answers and Phase.RESPONSE in self.recipe.phases:
             result["chat"][Phase.RESPONSE] = self._answers([r.text for r in prompts[: self.recipe.answers]])
@@ -79,28 +80,28 @@ class Calibrator:
             values = answer_values(self.reader.model, self.probe, self.aggregation, prompts, self.settings, limit, tick)
         return Calibration.fit(values, f"this model's answers of up to {limit} tokens to held-out harmless prompts")
 
-    def platt(self, rows: Sequence[Row]) -> Platt | None:
-        """Probabilities, from rows that nothing was fitted to; None if one label is missing among them."""
+    def platt(self, rows: Sequence[Row], values: Sequence[float]) -> Platt | None:
+        """Probabilities, from rows that nothing was fitted to and their values; None if one label is missing."""
         labels = np.array([r.label for r in rows])
         if len(set(labels.tolist())) < 2:
             return None
-        slope, intercept = fit_platt(np.array(self.values(rows, "calibrating probabilities")), labels)
+        slope, intercept = fit_platt(np.array(values), labels)
         if slope <= 0:
             self.console.print("[yellow]higher values are not more harmful on the held-out rows: no probabilities[/]")
             return None
         return Platt(slope=slope, intercept=intercept, n=len(rows), positive=int(labels.sum()))
 
-    def thresholds(self, calibrations: Calibrations, rows: Sequence[Row]) -> tuple[Threshold, ...]:
+    def thresholds(
+        self, calibrations: Calibrations, rows: Sequence[Row], values: Sequence[float]
+    ) -> tuple[Threshold, ...]:
         """For reading, in the card: what certified thresholds do on harmless rows that nothing was fitted to."""
-        harmless = [r for r in rows if r.label == 0 and not r.answer]
-        wanted = harmless and Phase.PROMPT in calibrations.get("chat", {})
-        values = self.values(harmless, "testing thresholds") if wanted else []
+        harmless = [v for r, v in zip(rows, values, strict=True) if r.label == 0 and not r.answer]
         table = []
         for form, phases in calibrations.items():
             for phase, calibrated in phases.items():
                 for target in TARGETS:
                     if calibrated.n >= rows_needed(target):
-                        seen = values if form == "chat" and phase is Phase.PROMPT else []
+                        seen = harmless if form == "chat" and phase is Phase.PROMPT else []
                         table.append(_threshold(form, phase, target, calibrated.threshold(target), seen))
         return tuple(table)
 

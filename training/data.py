@@ -16,6 +16,11 @@ from probes_store.card import DataFile
 
 PAIRS = Path(__file__).parent / "pairs.jsonl"
 """Our own contrast pairs: harmful and harmless requests alike in form. Ships with the package."""
+LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
+"""More of them, that share topic and words: figures of speech, history, fiction, the defender's side. A file of its
+own, so that what was trained on the first one can still be trained again."""
+OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES}
+"""By the name that a recipe gives them."""
 
 EVALUATE_ONLY = frozenset(
     ("jailbreakbench", "xstest", "strongreject", "mitre_frr", "tense_reformulations", "resp_xstest")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from monitor.errors import ConfigInvalid
+from probes_store.moments import Moments
 from training.fit import Array, Fitted, Scaler
-from training.statistics import Moments, Statistics
+from training.statistics import Statistics
 
 PENALTIES = tuple(float(p) for p in np.logspace(-4, 3, 50))
 Weights = Mapping[str, float]

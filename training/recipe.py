@@ -12,9 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from monitor.aggregate import Aggregation
 from monitor.errors import ConfigInvalid
+from monitor.heads import HEAD_KINDS
 from monitor.types import Phase
 from probes_store.card import DataFile
-from training.data import EVALUATE_ONLY, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.data import EVALUATE_ONLY, OWN, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.forms import reformed
+from training.heads import HeadRecipe
 from training.load import read_rows, stem
 from training.pairs_made import Made, made
 
@@ -27,16 +30,20 @@ File = Annotated[str, BeforeValidator(_text)]
 """A path, or an address on a hub, which a Path would spoil."""
 
 
+ClosedForm = Literal["difference_of_means", "lda", "ridge"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Source(_Part):
-    """file: as training.load reads it, or `pairs` for our own; label: only rows of that label; limit: rows taken;
-    weight: of each row
+    """file: as training.load reads it, or `pairs` or `lookalikes` for our own; label: only rows of that label
+    limit: rows taken; weight: of each row
 
     made: pairs made by rule out of each row, with the concept (label 1) and as it is (0)
     answers: the label is about each row's `response`, not about its `text`
+    forms: copies of each fitted row in other forms (training.forms); form_weight: of all of them, a share of the row's
     calibrate, test: shares of the groups; the rest is fitted on. Harmful rows of the calibrate share are tested on.
     """
 
@@ -46,6 +53,8 @@ class Source(_Part):
     weight: float = Field(1.0, gt=0)
     made: Made | None = None
     answers: bool = False
+    forms: int = Field(0, ge=0, le=8)
+    form_weight: float = Field(0.5, gt=0)
     by_source: bool = False
     """Balance the rows' own `source` fields against each other, instead of the file as one."""
     calibrate: float = Field(0.25, ge=0, lt=1)
@@ -64,8 +73,15 @@ class Recipe(_Part):
     """Blocks whose activations are read side by side; None: the middle one."""
     seed: int = 0
     max_text_tokens: int = Field(512, ge=8)
-    solver: Literal["best", "logistic", "adam"] = "best"
+    solver: Literal["best", "logistic", "adam"] | ClosedForm = "best"
+    """`best`: of logistic and adam, by the rows held out."""
     c: float = Field(0.01, gt=0)
+    shrinkage: float | None = Field(None, ge=0, le=1)
+    """Of `lda`; None: estimated."""
+    penalty: float | None = Field(None, gt=0)
+    """Of `ridge`; None: the best of its path with data sets left out."""
+    head: HeadRecipe | None = None
+    """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
@@ -81,6 +97,34 @@ class Recipe(_Part):
     phases: tuple[Phase, ...] = tuple(Phase)
     """What it is calibrated for; elsewhere it can only be shadowed."""
     description: str = ""
+
+    @property
+    def aggregation(self) -> dict[Phase, Aggregation]:
+        """What is served."""
+        if self.head is not None:
+            return dict.fromkeys(Phase, self.head.aggregation)
+        return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
+
+    @model_validator(mode="after")
+    def _served_by_its_head(self) -> Recipe:
+        fields = type(self).model_fields
+        clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
+        if self.head is not None and clash:
+            raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        return self
+
+    @property
+    def projections(self) -> int:
+        """Scores a token, without a head: of `mean_last` one whose mean is taken, and one of the last position."""
+        return 2 if "mean_last" in (self.prompt.kind, self.response.kind) else 1
+
+    @model_validator(mode="after")
+    def _can_be_fitted(self) -> Recipe:
+        for how in (self.prompt, self.response):
+            if how.kind in HEAD_KINDS and how.kind != "mean_last":
+                raise ValueError(f"{how.kind} is a head's way; write it under `head`, without `prompt` and `response`")
+            how.check(self.projections)
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -123,8 +167,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     files: dict[str, DataFile] = {}
     seen: list[Row] = []
     placed: dict[str, Part] = {}
+    reforms: dict[str, Source] = {}
     for source in recipe.sources:
-        file = str(PAIRS) if source.file == "pairs" else source.file
+        file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
@@ -141,6 +186,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         if source.made:
             rows = made(source.made, rows)
         seen += rows
+        reforms |= {r.key: source for r in rows if source.forms}
         shares: dict[Part, float] = {
             "test": source.test,
             "calibrate": source.calibrate,
@@ -151,6 +197,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
                 parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
     if recipe.balance:
         parts["fit"] = balanced(parts["fit"])
+    for key, source in reforms.items():
+        of_key = [r for r in parts["fit"] if r.key == key]
+        parts["fit"] += reformed(of_key, source.forms, source.form_weight / source.forms, recipe.seed)
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")

@@ -206,9 +206,17 @@ class Evaluation:
         for s in sets:
             rows = slice(start, start := start + len(s.rows))
             judged.append(figures.Judged(s, scored.at(rows), None if words is None else words[0][rows]))
-        at = figures.At(threshold, None if words is None else words[1])
+        at = figures.At(threshold, None if words is None else words[1], self._levels())
         found = figures.of_sets(judged, at, controls, self.options.requests_a_day)
         return found | over_all(judged, at, self.card) | {"sweep": swept}
+
+    def _levels(self) -> tuple[tuple[int, float], ...]:
+        """Of prompts in chat by length, where the card's rows can certify them."""
+        try:
+            return self.card.calibration["chat"]["prompt"].by_length(self.options.target_fpr)
+        except ValueError as error:
+            self.notes.append(f"no thresholds by length: {error}")
+            return ()
 
     def _score(self, rows: Sequence[Row], layers: Sequence[int], label: str) -> Scored:
         prompts = self.judge.prompts([r.text for r in rows])

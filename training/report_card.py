@@ -22,25 +22,29 @@ def evaluate_sets(
     judge: Judge,
     recipe: Recipe,
     parts: Mapping[Part, Sequence[Row]],
+    tested: Sequence[float],
     folder: Path,
     threshold: float,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """The sets under the recipe's `evaluate`, read here for the first time, and its own rows that were held back.
 
-    threshold: of prompts; returns what a card keeps as `metrics.evaluation`
+    tested: values of the test rows; threshold: of prompts; returns what a card keeps as `metrics.evaluation`
     raises: ConfigInvalid if a file can't be read
     """
     sets: dict[str, Sequence[Row]] = {stem(file): read_set(file, folder) for file in recipe.evaluate}
+    read = [r for of in sets.values() for r in of]
     sets["unseen_harmful"] = [r for r in parts["test"] if r.label == 1]
     everyday = [r for r in parts["test"] if r.label == 0]
     sets |= {f"harmless_{s}": [r for r in everyday if r.source == s] for s in sorted({r.source for r in everyday})}
     rows = [r for of in sets.values() for r in of]
-    prompts = judge.prompts([r.text for r in rows])
+    prompts = judge.prompts([r.text for r in read])
     with progress(
         console or Console(stderr=True), "evaluating, tokens", sum(len(p.token_ids) for p in prompts)
     ) as tick:
         values = score_prompts(judge, prompts, (), tick).values.tolist()
+    known = {r.identity: v for r, v in zip(parts["test"], tested, strict=True)}
+    values += [known[r.identity] for r in rows[len(read) :]]
     words = tfidf_scores(parts["fit"], [r.text for r in rows])
     report: dict[str, Any] = {}
     start = 0

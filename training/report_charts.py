@@ -145,13 +145,16 @@ def _calibration(found: Mapping[str, Any]) -> Html:
     return line_chart(f"Probabilities on all sets{told}", lines, "said", "share that is harmful", (0, 1))
 
 
+_LENGTHS = {"everyday, thresholds by length": "the same, by length", "all harmless": "all"}
+
+
 def by_length(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
     lines = [
-        Line(f"{name}, up to {b['up_to']:,} tokens" if name == "everyday" else f"all, up to {b['up_to']:,}", b["fpr"])
+        Line(f"{_LENGTHS.get(name, name)}, up to {b['up_to']:,}", b["fpr"])
         for name, buckets in found.items()
         for b in buckets
     ]
-    return forest("Harmless requests flagged, by length with the template", lines, 0.0, 0.3, percent=True)
+    return forest("Harmless requests flagged, by tokens with the template", lines, 0.0, 0.3, percent=True)
 
 
 def by_tokens(answers: Mapping[str, Any]) -> Html:

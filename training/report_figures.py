@@ -39,10 +39,14 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """The global thresholds: of the probe, and of the text floor, None if its rows can't certify one"""
+    """The global thresholds: of the probe, and of the text floor, None if its rows can't certify one
+
+    lengths: (tokens, threshold) of the probe by length, as a policy with `by_length` has them; empty if it can't
+    """
 
     probe: float
     words: float | None
+    lengths: tuple[tuple[int, float], ...] = ()
 
 
 def of_sets(judged: Sequence[Judged], at: At, controls: Controls | None, requests_a_day: float) -> dict[str, Any]:

@@ -27,10 +27,7 @@ def over_all(judged: Sequence[Judged], at: At, card: Card) -> dict[str, Any]:
     pooled = set_figures(rows.values.tolist(), rows.labels.tolist(), rows.groups, at.probe)
     return {
         "pooled": pooled,
-        "by_length": {
-            "everyday": by_length(joined(everyday), at.probe) if everyday else [],
-            "all harmless": by_length(rows, at.probe),
-        },
+        "by_length": _lengths(everyday, rows, at),
         "look_alikes": hard_benign(judged, at.probe),
         "calibration": calibration(rows, card),
         "roc": _rocs(judged, everyday[0].scored.values) if everyday else {},
@@ -50,12 +47,25 @@ def hard_benign(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
     return {"fpr": share, "sets": {name: len(v) for name, v in parts.items()}}
 
 
-def by_length(rows: Joined, threshold: float) -> list[dict[str, Any]]:
-    """False-positive rate by the power of two that a prompt's tokens come up to, template and all."""
+def _lengths(everyday: Sequence[Judged], rows: Joined, at: At) -> dict[str, list[dict[str, Any]]]:
+    found = {"everyday": by_length(joined(everyday), at.probe) if everyday else []}
+    if everyday and at.lengths:
+        found["everyday, thresholds by length"] = by_length(joined(everyday), at.probe, at.lengths)
+    return found | {"all harmless": by_length(rows, at.probe)}
+
+
+def by_length(rows: Joined, threshold: float, levels: Sequence[tuple[int, float]] = ()) -> list[dict[str, Any]]:
+    """False-positive rate by the power of two that a prompt's tokens come up to, template and all.
+
+    levels: (tokens, threshold) by length in place of the one threshold; longer prompts have the last
+    """
     harmless = rows.labels == 0
-    values, powers = rows.values[harmless], np.ceil(np.log2(rows.tokens[harmless])).astype(int)
+    tokens = rows.tokens[harmless]
+    of = [next((t for up_to, t in levels if n <= up_to), levels[-1][1] if levels else threshold) for n in tokens]
+    powers = np.ceil(np.log2(tokens)).astype(int)
+    above = rows.values[harmless] > np.array(of)
     return [
-        {"up_to": 2 ** int(p), "fpr": asdict(metrics.share_above(values[powers == p], threshold))}
+        {"up_to": 2 ** int(p), "fpr": asdict(metrics.share_above(above[powers == p].astype(float), 0.5))}
         for p in sorted(set(powers.tolist()))
     ]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from monitor.errors import ConfigInvalid
-from training.data import PAIRS, Row, read_bytes, row_of, same_text, unique
+from training.data import OWN, Row, read_bytes, row_of, same_text, unique
 from training.load import read_rows, stem
 
 _T = TypeVar("_T")
@@ -31,7 +31,7 @@ PROMPT_SETS: dict[str, Kind] = {
 ANSWER_SETS = ("resp_xstest", "resp_gptfuzz")
 HELD_BACK = {"resp_gptfuzz": "evaluate"}
 """The split that is read of a set whose other half may be trained on."""
-LOOK_ALIKES = frozenset(("coconot_safety", "benign_roleplay", PAIRS.stem))
+LOOK_ALIKES = frozenset(("coconot_safety", "benign_roleplay", *OWN))
 """Training files whose harmless rows are made to look harmful: no everyday traffic, though they are held back too."""
 MOST_ROWS = 750
 """Of a set; more of them, drawn by chance, narrow no interval that matters and take minutes."""

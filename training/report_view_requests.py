@@ -28,7 +28,7 @@ def requests(report: Mapping[str, Any]) -> Html:
                 soft(_LOOK_ALIKES),
                 element("div", _false_positives(sets), charts.by_length(report["by_length"]), class_="row"),
             ),
-            section("Curves", element("div", *charts.curves(report), class_="row")),
+            section("Curves", element("div", *charts.curves(report), class_="row"), _probabilities(report)),
             section("What a probe must beat", soft(_FLOORS), _floors(ordered)),
         ]
     )
@@ -102,6 +102,25 @@ def _sets(sets: Mapping[str, Any]) -> Html:
     ]
     head = ("set", "kind", "harmful / harmless", "AUROC", "AUPRC", "log-AUROC", "recall", "flagged", "AUROC over words")
     return table(head, rows)
+
+
+def _probabilities(report: Mapping[str, Any]) -> Html | str:
+    """Three ways to make probabilities of the values, and what the card's own are worth."""
+    ways = {name: tuple(w[k] for k in ("brier", "ece")) for name, w in report["pooled"].get("calibration", {}).items()}
+    own = report.get("calibration", {})
+    rows = [(_WAYS[name], *figures) for name, figures in ways.items()]
+    if own.get("platt") and own["brier"] is not None:
+        rows.append((_WAYS["card"], own["brier"], own["ece"]))
+    head = ("probabilities, all sets but attacks", "Brier score", "calibration error, 15 bins of equal mass")
+    return table(head, rows) if rows else ""
+
+
+_WAYS = {
+    "logit": "the logit as it is",
+    "platt": "Platt's line, fitted on other fifths of these rows",
+    "isotonic": "isotonic, fitted on other fifths of these rows",
+    "card": "Platt's line of the card, as served",
+}
 
 
 def _floors(sets: Mapping[str, Any]) -> Html:

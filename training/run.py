@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from monitor import __version__
 from monitor.config import Settings
@@ -20,18 +22,20 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
+from probes_store.base import Base
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
 from training.calibrate import Calibrations, Calibrator
 from training.data import Row
 from training.evaluate import separation
-from training.fit import Array, Fitted, fit_torch
-from training.logistic import fit_logistic_layers
+from training.fit import Array, Fitted
+from training.heads import FittedHead, fit_head
 from training.progress import progress, ticks
 from training.recipe import Recipe, default_recipe, gather, read_recipe
 from training.report_card import evaluate_sets
 from training.report_scores import Judge
+from training.solve import Rows, candidates
 from training.texts import Reader
 
 CANARIES = (
@@ -55,65 +59,87 @@ class Trainer:
             )
         self.layers = tuple(sorted(set(recipe.layers or (self.model.n_layers // 2,))))
         self.reader = Reader(self.model, recipe.max_text_tokens)
-        self.aggregation = {Phase.PROMPT: recipe.prompt, Phase.RESPONSE: recipe.response}
+        self.aggregation = recipe.aggregation
 
     def run(self) -> Path:
         counts = ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
         self.console.print(f"rows: {counts}; layers {_listed(self.layers)} of {self.model.n_layers}")
-        fitted, metrics = self._fit()
+        fitted, metrics, base = self._fit()
         probe = self._weights(fitted)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
-        thresholds = served.thresholds(calibrations, self.parts["test"])
-        platt = served.platt(self.parts["test"])
+        test = self.parts["test"]
+        tested = served.values(test, "held-out rows")
+        thresholds, platt = served.thresholds(calibrations, test, tested), served.platt(test, tested)
         if self.recipe.evaluate:
-            metrics["evaluation"] = self._evaluate(probe, calibrations)
+            metrics["evaluation"] = self._evaluate(probe, calibrations, tested)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
-        folder = self.store.publish(card, probe.weight, probe.bias)
+        folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
         return folder
 
     # --- activations and fit ------------------------------------------------------------------------------------
 
-    def features(self, rows: Sequence[Row]) -> Array:
-        """(n, n_layers * d_model): the turn that each label is about, averaged over its counted positions."""
-        prompts = [self.reader.labelled(r) for r in rows]
-        out = np.zeros((len(prompts), len(self.layers), self.model.d_model))
-        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(prompts)) as tick:
-            for index, streams in residual_streams(self.model, prompts, self.layers, tick):
-                turn = prompts[index].turns[-1]
-                for row, layer in enumerate(self.layers):
-                    out[index, row] = streams[layer][turn.start : turn.end].mean(0).double().numpy()
-        return out.reshape(len(prompts), -1)
+    def tokens(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
+        """Of each row (n_i, n_layers * d_model): the counted positions of the turn that its label is about."""
+        out = [np.zeros((0, 0), dtype=np.float32)] * len(rows)
+        for index, turn in self._turns(rows):
+            out[index] = torch.cat([turn[layer] for layer in self.layers], 1).numpy()
+        return out
 
-    def _fit(self) -> tuple[Fitted, dict[str, Any]]:
-        fit, test = self.parts["fit"], self.parts["test"]
-        x, x_test = self.features(fit), self.features(test)
-        y = np.array([r.label for r in fit])
-        weights = np.array([r.weight for r in fit])
-        recipe, candidates = self.recipe, []
-        if recipe.solver in ("best", "logistic"):
-            candidates += fit_logistic_layers(x[:, None], y, weights, recipe.c, dtype=torch.float64)
-        if recipe.solver in ("best", "adam"):
-            with progress(self.console, "LinearProbe, epochs", recipe.epochs) as tick:
-                candidates.append(fit_torch(x, y, weights, recipe.epochs, ticks(recipe.epochs, tick), recipe.seed))
+    def features(self, rows: Sequence[Row]) -> Array:
+        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
+        and for a second projection the last of them."""
+        out = np.zeros((len(rows), self.recipe.projections, len(self.layers), self.model.d_model))
+        for index, turn in self._turns(rows):
+            for column, layer in enumerate(self.layers):
+                out[index, 0, column] = turn[layer].mean(0).double().numpy()
+                out[index, 1:, column] = turn[layer][-1].double().numpy()
+        return out
+
+    def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(rows)) as tick:
+            yield from self.reader.streams(rows, self.layers, tick)
+
+    def _fit(self) -> tuple[Fitted | FittedHead, dict[str, Any], Base]:
+        fit, test, head = self.parts["fit"], self.parts["test"], self.recipe.head
+        y, weights = np.array([r.label for r in fit]), np.array([r.weight for r in fit])
+        found: list[tuple[Fitted | FittedHead, Array]] = []
+        if head is not None:
+            texts = self.tokens(fit)
+            means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
+            with progress(self.console, f"{head.pooling} head, steps", head.steps) as tick:
+                made = fit_head(texts, y, weights, head, lambda n: ticks(n, tick))
+            found.append((made, made.values(self.tokens(test))))
+        else:
+            pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
+            means = pooled[:, 0]
+            rows = Rows(pooled.reshape(len(fit), -1), y, weights, [r.key or r.source for r in fit])
+            steps = self.recipe.epochs if self.recipe.solver in ("best", "adam") else 1
+            with progress(self.console, f"fitting: {self.recipe.solver}", steps) as tick:
+                found += [(c, c.logits(x_test)) for c in candidates(self.recipe, rows, lambda n: ticks(n, tick))]
+        base = Base.of(means.reshape(len(fit), len(self.layers), -1), self.layers, y)
         y_test = np.array([r.label for r in test])
         if len(set(y_test.tolist())) < 2:
-            return candidates[0], {"held_out": {}}
-        scored = {
-            c.method: separation(c.logits(x_test)[y_test == 1].tolist(), c.logits(x_test)[y_test == 0].tolist())
-            for c in candidates
-        }
-        best = max(candidates, key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}
+            return found[0][0], {"held_out": {}}, base
+        scored = {c.method: separation(v[y_test == 1].tolist(), v[y_test == 0].tolist()) for c, v in found}
+        best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
+        return best, {"held_out": scored, "chosen": best.method}, base
 
-    def _weights(self, fitted: Fitted) -> ProbeWeights:
-        by_layer = fitted.weight.reshape(len(self.layers), self.model.d_model)
-        parts = {layer: torch.from_numpy(part).float() for layer, part in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias)
+    def _weights(self, fitted: Fitted | FittedHead) -> ProbeWeights:
+        """The bias is the first projection's: a value is the sum of what the projections give."""
+        if isinstance(fitted, FittedHead):
+            return fitted.probe(self.name, self.layers)
+        k = self.recipe.projections
+        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
+        if k == 1:
+            by_layer = by_layer[:, 0]
+        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
+        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
-    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations) -> dict[str, Any]:
-        """Sets that nothing was fitted, chosen or calibrated on; read for the first time in there."""
+    def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
+        """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
+        rows held back"""
         calibrated = calibrations.get("chat", {}).get(Phase.PROMPT)
         target = self.settings.target_fpr / 2
         if calibrated is None or calibrated.n < rows_needed(target):
@@ -124,14 +150,14 @@ class Trainer:
         prompt, response = self.aggregation[Phase.PROMPT], self.aggregation[Phase.RESPONSE]
         judge = Judge(self.model, probe, prompt, response, self.recipe.max_text_tokens)
         threshold = calibrated.threshold(target)
-        return evaluate_sets(judge, self.recipe, self.parts, self.folder, threshold, self.console)
+        return evaluate_sets(judge, self.recipe, self.parts, tested, self.folder, threshold, self.console)
 
     # --- the card -----------------------------------------------------------------------------------------------
 
     def _card(
         self,
         probe: ProbeWeights,
-        fitted: Fitted,
+        fitted: Fitted | FittedHead,
         calibrations: Calibrations,
         platt: Platt | None,
         thresholds: tuple[Threshold, ...],
@@ -161,6 +187,7 @@ class Trainer:
             ),
             layers=self.layers,
             d_model=model.d_model,
+            projections=probe.k,
             template_hash=model.template.hash,
             position_rule=POSITION_RULE,
             aggregation={phase.value: how for phase, how in self.aggregation.items()},

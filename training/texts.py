@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from monitor.engines.embedded.harvest import residual_streams
 from monitor.engines.embedded.model import LoadedModel
 from monitor.types import Format, Prompt, Turn
 from training.data import Row
@@ -37,3 +41,12 @@ class Reader:
     def cut(self, text: str) -> str:
         offsets = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text if len(offsets) <= self.max_tokens else text[: offsets[self.max_tokens - 1][1]]
+
+    def streams(
+        self, rows: Sequence[Row], layers: Sequence[int], tick: Callable[[int], None] = lambda n: None
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """(index, {layer: (n_counted, d_model) float32}) of the turn that each row's label is about, shortest first."""
+        prompts = [self.labelled(r) for r in rows]
+        for index, streams in residual_streams(self.model, prompts, layers, tick):
+            turn = prompts[index].turns[-1]
+            yield index, {layer: streams[layer][turn.start : turn.end] for layer in layers}

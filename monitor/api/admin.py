@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from monitor import __version__
 from monitor.api.admin_guard import AdminGuard
 from monitor.api.admin_json import dumped, json_response
+from monitor.api.admin_probes import ProbeOperations, probe_routes
 from monitor.api.admin_review import review_routes
 from monitor.api.admin_session import Sessions, session_routes
 from monitor.api.console import PATHS, console_routes
@@ -68,7 +69,8 @@ class Tracer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Operations:
     """What the routes do. engine: what serves; records: of one request id, by choice; erase: the records of a key's
-    name or of a request id, and how many there were; desk: what the console reviews; None: there are no such routes"""
+    name or of a request id, and how many there were; probes: versions and retraining; desk: what the console reviews.
+    None: there are no such routes"""
 
     engine: Callable[[], Mapping[str, Any]]
     policies: Policies
@@ -78,6 +80,7 @@ class Operations:
     offenders: Offenders
     tracer: Tracer
     erase: Callable[[str | None, str | None], int] | None = None
+    probes: ProbeOperations | None = None
     desk: Desk | None = None
 
 
@@ -123,6 +126,8 @@ def create_admin(
     _reading(app, operations)
     _changing(app, operations)
     _scoring(app, operations.tracer)
+    if operations.probes is not None:
+        probe_routes(app, operations.probes)
     sessions = Sessions(idle_s, clock)
     session_routes(app, sessions)
     if operations.desk is not None:

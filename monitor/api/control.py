@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from monitor.api.admin import KeyTable, Operations
+from monitor.api.admin_probes import ProbeOperations
+from monitor.api.features import Eraser
 from monitor.api.feed import Feed
+from monitor.api.retraining import Retraining, environment
 from monitor.api.review_desk import Desk
+from monitor.api.shelf import Shelf
+from monitor.api.swap import Slots, Swap
 from monitor.api.tracing import Tracing
 from monitor.audit import Audit
 from monitor.config import Settings
-from monitor.live import LiveProbes
+from monitor.live import LiveProbes, ServedModel
 from monitor.metrics import Metrics
 from monitor.metrics.drift import Reference
+from monitor.metrics.shift import Normal
 from monitor.offenders import Offenders
 from monitor.policy.keeper import PolicyKeeper
-from monitor.template import ChatTemplate
-from monitor.traffic import TrafficLog, find_records
-from monitor.types import Scorer
+from monitor.traffic import find_records
+from monitor.types import Phase, Scorer
+from probes_store.base import load_base
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """An engine that serves. live, put: read and replace its probes; model: the name it serves"""
+    """An engine that serves. live, put: read and replace its probes, or their policy; stage: see `Slots`"""
 
     describe: Callable[[], Mapping[str, Any]]
     live: Callable[[], LiveProbes]
     put: Callable[[LiveProbes], None]
+    stage: Callable[[LiveProbes], Awaitable[None]]
     scorer: Scorer
-    template: ChatTemplate
-    model: str
+    model: ServedModel
 
     def probes(self) -> list[str]:
-        return [p.card.name for p in self.live().probes]
+        return [p.name for p in self.live().probes]
 
 
 def operations(
@@ -45,29 +51,45 @@ def operations(
     audit: Audit,
     offenders: Offenders,
     metrics: Metrics,
-    traffic: TrafficLog | None = None,
+    erase: Eraser | None = None,
+    say: Callable[[str], None] = print,
     feed: Feed | None = None,
 ) -> Operations:
     """feed: of the records, for the console; None: there is none"""
-    for result in ("loaded", "refused"):
-        metrics.policy_reloads.labels(result)  # rates start at 0
+    for result in ("loaded", "refused"):  # rates start at 0
+        metrics.policy_reloads.labels(result)
+        metrics.probe_reload.labels(result)
 
     def put(live: LiveProbes) -> None:
         serving.put(live)
         show_probes(metrics, live)
 
     keeper = PolicyKeeper(settings, serving.live, put, lambda result: metrics.policy_reloads.labels(result).inc())
-    tracing = Tracing(serving.scorer, serving.template, serving.probes, serving.model)
+    tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name)
+    slots = Slots(serving.live, serving.stage, put)
+    swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
+    shelf = Shelf(swap.store, swap.slug, settings.log, settings.target_fpr / 2)
+    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings))
+    probes = ProbeOperations(swap, shelf.describe, retraining)
     records = functools.partial(find_records, settings.log)
-    erase = None if traffic is None else traffic.erase
-    desk = None if feed is None else Desk.of(settings, feed, serving.template)
-    return Operations(serving.describe, keeper, keys, records, audit, offenders, tracing, erase, desk)
+    desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
+    return Operations(
+        serving.describe,
+        keeper,
+        keys,
+        records,
+        audit,
+        offenders,
+        tracing,
+        erase=erase,
+        probes=probes,
+        desk=desk,
+    )
 
 
 def show_probes(metrics: Metrics, live: LiveProbes) -> None:
     """Probes and thresholds in service, as metrics, and what their cards say of benign values."""
-    cards = [p.card for p in live.probes]
-    known = {c.name: c.calibration for c in cards}
+    known = {p.name: p.card.calibration for p in live.probes}
     references = {}
     for form, rules in live.rules.items():
         for rule in rules:
@@ -75,5 +97,23 @@ def show_probes(metrics: Metrics, live: LiveProbes) -> None:
             if rule.threshold is not None and calibration is not None:
                 target = calibration.rate(rule.threshold)
                 references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
-    shown = [(c.name, c.version, c.sha256, ",".join(map(str, c.layers))) for c in cards]
+    shown = [(p.name, p.card.version, p.card.sha256, ",".join(map(str, p.card.layers))) for p in live.probes]
     metrics.probes(shown, live.rules, references, live.policies)
+    if metrics.shift.watched:
+        metrics.shift.expect(harmless(live))
+
+
+def harmless(live: LiveProbes) -> dict[tuple[str, Phase], dict[int, Normal]]:
+    """Where the harmless training rows of each probe lay that says so, by layer.
+
+    raises: ProbeInvalid if what lies beside a probe is damaged
+    """
+    found: dict[tuple[str, Phase], dict[int, Normal]] = {}
+    for probe in live.probes:
+        base, calibrated = load_base(probe), probe.card.calibration.get("chat", {})
+        of_layers = {} if base is None else {layer: Normal.of(base.cells[layer, 0]) for layer in base.layers}
+        # Its rows are prompts, unless it is a probe of answers alone.
+        phase = Phase.RESPONSE if calibrated.keys() == {Phase.RESPONSE.value} else Phase.PROMPT
+        if of_layers and None not in of_layers.values():
+            found[probe.name, phase] = {layer: normal for layer, normal in of_layers.items() if normal is not None}
+    return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -52,8 +53,15 @@ async def controlled(
     limited: Callable[[str], None],
     say: Say,
 ) -> AsyncIterator[None]:
-    """SIGHUP and, with an admin key, the admin port, until the block is left. listener: bound, not yet listening"""
-    with reload_at_hangup(operations, say):
+    """SIGHUP, the probes that live.json names and, with an admin key, the admin port, until the block is left.
+
+    listener: bound, not yet listening
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(reload_at_hangup(operations, say))
+        if operations.probes is not None:
+            await stack.enter_async_context(beside(operations.probes.changes.follow()))
+            stack.push_async_callback(operations.probes.retrain.end)
         if settings.admin_key is None or listener is None:
             yield
             return
@@ -63,6 +71,18 @@ async def controlled(
             where, port = listener.getsockname()[:2]
             say(f"admin port on http://{where}:{port}/admin/status, console on http://{where}:{port}{HOME}")
             yield
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Work without an end, until the block is left."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 @contextlib.asynccontextmanager

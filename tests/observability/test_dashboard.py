@@ -36,6 +36,7 @@ LABELS = {  # of what no record sets: other modules count it
     "notice_lines": ["written"],
     "webhook": ["sent"],
     "policy_reloads": ["loaded"],
+    "probe_reload": ["loaded"],
     "admin_requests": ["done"],
 }
 

@@ -1,0 +1,104 @@
+"""What the store holds of a model's probes, as the admin route tells it, and what the next training has to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from monitor.errors import MidstreamError
+from monitor.traffic import Where
+from monitor.traffic.labelled import Labelled, labelled_since
+from probes_store.calibration import rows_needed
+from probes_store.card import Card
+from probes_store.store import PREVIOUS, Store, StoredProbe
+
+Rows = Callable[[float], int]
+"""Rows since a time (seconds since the epoch) that a threshold could be certified on."""
+
+
+class Shelf:
+    """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
+
+    rows: what of the traffic can calibrate, None: nothing is kept for it
+    """
+
+    def __init__(self, store: Store, slug: str, log: Where, target_fpr: float, rows: Rows | None = None) -> None:
+        self._store, self._slug, self._log, self._target, self._rows = store, slug, log, target_fpr, rows
+
+    def describe(self) -> dict[str, Any]:
+        """Reads files and the log. raises: ConfigInvalid if live.json is damaged"""
+        chosen = self._store.choices()
+        live, candidates = self._store.live(self._slug, chosen), self._store.candidates(self._slug, chosen)
+        probes = []
+        for name, version in live.items():
+            versions = [self._version(name, v, version, candidates.get(name)) for v in self._newest_first(name)]
+            since = self.since(name)
+            probes.append(
+                {
+                    "name": name,
+                    "live": version,
+                    "previous": chosen.get(f"{self._slug}/{name}{PREVIOUS}"),
+                    "candidate": candidates.get(name),
+                    "backlog": len(self._labels(since)),
+                    "needed": self.needed(since),
+                    "versions": versions,
+                }
+            )
+        return {"model": self._slug, "probes": probes}
+
+    def since(self, probe: str) -> float:
+        """Until when the newest version has seen the traffic."""
+        for version in self._newest_first(probe):
+            try:
+                return seen_until(self._store.load(self._slug, probe, version).card)
+            except MidstreamError:
+                continue  # a damaged version has seen nothing that anybody could tell
+        return 0.0
+
+    def needed(self, since: float) -> int:
+        """Rows of traffic that a threshold at the target rate still lacks."""
+        have = 0 if self._rows is None else self._rows(since)
+        return max(0, rows_needed(self._target) - have)
+
+    def _labels(self, since: float) -> Sequence[Labelled]:
+        try:
+            return labelled_since(self._log, since)
+        except MidstreamError:  # no log yet
+            return ()
+
+    def _newest_first(self, probe: str) -> list[str]:
+        return list(reversed(self._store.versions(self._slug, probe)))
+
+    def _version(self, name: str, version: str, live: str, candidate: str | None) -> dict[str, Any]:
+        marks = {"version": version, "live": version == live, "candidate": version == candidate}
+        try:
+            stored = self._store.load(self._slug, name, version)
+        except MidstreamError as error:
+            return marks | {"damaged": str(error)} | dict.fromkeys(_OF_CARD)
+        return marks | of_card(stored)
+
+
+_OF_CARD = ("created", "kind", "layers", "sha256", "metrics", "gate", "labels")
+
+
+def of_card(stored: StoredProbe) -> dict[str, Any]:
+    card = stored.card
+    retrained: Mapping[str, Any] = card.fit.get("retrained") or {}
+    return {
+        "created": card.created,
+        "kind": card.kind,
+        "layers": list(card.layers),
+        "sha256": card.sha256,
+        "metrics": {name: value for name, value in card.metrics.items() if name != "gate"},
+        "gate": card.metrics.get("gate"),
+        "labels": retrained.get("labels"),
+    }
+
+
+def seen_until(card: Card) -> float:
+    """Seconds since the epoch: labels up to then are in it; a version that was not made of traffic has seen none
+    before it was made."""
+    retrained: Mapping[str, Any] = card.fit.get("retrained") or {}
+    until = retrained.get("until")
+    return float(until) if until is not None else datetime.fromisoformat(card.created).timestamp()
