@@ -1,6 +1,7 @@
 """The proxy under load, with the observer of the real model: 200 streams at 70 % of what it can do, and at 200 %.
 
-Minutes, and a machine that does nothing else: what the machine can do is measured first.
+Minutes, and a machine that does nothing else: what the machine can do is measured first. LOAD_STREAMS, LOAD_WORDS (in
+an answer) and LOAD_S make it smaller.
 """
 
 import json
@@ -22,9 +23,9 @@ from .test_demo import Process
 from .web import percentile
 
 pytestmark = pytest.mark.attack
-STREAMS, WORDS = 200, 48
+STREAMS, WORDS = int(os.environ.get("LOAD_STREAMS", "200")), int(os.environ.get("LOAD_WORDS", "48"))
 SECONDS = float(os.environ.get("LOAD_S", "120"))
-FIRST_S = 30.0  # until every stream has begun, and the memory is what it will be
+FIRST_S = SECONDS / 4  # until every stream has begun, and the memory is what it will be
 WIDE = {"observer_lag_tokens": 100_000, "observer_lag_s": 600, "max_queue": STREAMS, "kv_tokens": 200_000}
 TIGHT = {"observer_lag_tokens": 16, "observer_lag_s": 1.0}
 
@@ -107,7 +108,7 @@ def judged(proxy, found):
     return ended
 
 
-def test_200_streams_for_two_minutes_and_twice_what_it_can_do(proxy):
+def test_streams_for_two_minutes_and_twice_what_it_can_do(proxy):
     wide = proxy("wide", **WIDE)
     most = capacity(wide)
     wide.stop()
@@ -116,7 +117,7 @@ def test_200_streams_for_two_minutes_and_twice_what_it_can_do(proxy):
     calm, memory = proxy("calm", max_queue=STREAMS), []
     found = calm.load(STREAMS / (0.7 * most), SECONDS, lambda: memory.append(calm.memory()))
     ended = judged(calm, found)
-    settled = memory[int(FIRST_S) : -5]
+    settled = memory[min(int(FIRST_S), len(memory) // 2) :]
     late = [s for one in found for s in one["late_s"]]
     print(
         f"70 %: {len(found)} answers in {SECONDS:.0f} s, ended {dict(ended)}; a word is late by p50 "
