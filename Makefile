@@ -54,9 +54,11 @@ bench: setup-vllm
 	$(BIN)/python -m tests.bench.fit
 	$(BIN)/python -m tests.bench.harvest
 	$(BIN)/python -m tests.bench.log
+	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.observer
 	$(BIN)/python -m tests.bench.proxy
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.features vllm
 
 attack: setup-vllm
 	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py \
