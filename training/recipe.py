@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,8 @@ class Source(_Part):
     label: Literal[0, 1] | None = None
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
+    license: str = ""
+    """Of the file's rows, for the card's data sheet."""
     made: Made | None = None
     answers: bool = False
     forms: int = Field(0, ge=0, le=8)
@@ -168,12 +171,14 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     seen: list[Row] = []
     placed: dict[str, Part] = {}
     reforms: dict[str, Source] = {}
+    used: dict[str, Counter[str]] = {}
     for source in recipe.sources:
         file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
-        files[described.file] = described
+        before = files.get(described.file, described)
+        files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = _about(rows, source, described.file)
         known = {r.identity for r in seen}
         rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
@@ -194,7 +199,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         }
         for part, of_part in split(rows, shares, recipe.seed, placed).items():
             for row in of_part:
-                parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
+                own: Part = "test" if part == "calibrate" and row.label == 1 else part
+                parts[own].append(row)
+                used.setdefault(described.file, Counter())[own] += 1
     if recipe.balance:
         parts["fit"] = balanced(parts["fit"])
     for key, source in reforms.items():
@@ -203,7 +210,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
-    return parts, list(files.values())
+    return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
 
 
 def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:
