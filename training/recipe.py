@@ -85,6 +85,8 @@ class Recipe(_Part):
     """Of `ridge`; None: the best of its path with data sets left out."""
     head: HeadRecipe | None = None
     """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
+    left_out: bool = False
+    """Fit once more without each data set, for the card: how it holds on sources it has not seen. Not for a head."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
@@ -114,6 +116,8 @@ class Recipe(_Part):
         clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
         if self.head is not None and clash:
             raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        if self.head is not None and self.left_out:
+            raise ValueError("left_out fits as often as there are data sets, too long for a head; leave it out")
         return self
 
     @property

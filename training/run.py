@@ -31,11 +31,13 @@ from training.data import Row
 from training.evaluate import separation
 from training.fit import Array, Fitted
 from training.heads import FittedHead, fit_head
+from training.left_out import told
+from training.metrics import Unsupported
 from training.progress import progress, ticks
 from training.recipe import Recipe, default_recipe, gather, read_recipe
 from training.report_card import evaluate_sets
 from training.report_scores import Judge
-from training.solve import Rows, candidates
+from training.solve import Rows, candidates, refitted
 from training.texts import Reader
 
 CANARIES = (
@@ -105,6 +107,7 @@ class Trainer:
         fit, test, head = self.parts["fit"], self.parts["test"], self.recipe.head
         y, weights = np.array([r.label for r in fit]), np.array([r.weight for r in fit])
         found: list[tuple[Fitted | FittedHead, Array]] = []
+        rows: Rows | None = None
         if head is not None:
             texts = self.tokens(fit)
             means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
@@ -120,11 +123,23 @@ class Trainer:
                 found += [(c, c.logits(x_test)) for c in candidates(self.recipe, rows, lambda n: ticks(n, tick))]
         base = Base.of(means.reshape(len(fit), len(self.layers), -1), self.layers, y)
         y_test = np.array([r.label for r in test])
-        if len(set(y_test.tolist())) < 2:
-            return found[0][0], {"held_out": {}}, base
-        scored = {c.method: separation(v[y_test == 1].tolist(), v[y_test == 0].tolist()) for c, v in found}
-        best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}, base
+        best, metrics = found[0][0], dict[str, Any](held_out={})
+        if len(set(y_test.tolist())) == 2:
+            scored = {c.method: separation(v[y_test == 1].tolist(), v[y_test == 0].tolist()) for c, v in found}
+            best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
+            metrics = {"held_out": scored, "chosen": best.method}
+        if self.recipe.left_out and isinstance(best, Fitted) and rows is not None:
+            metrics["left_out"] = self._left_out(best, rows)
+        return best, metrics, base
+
+    def _left_out(self, fitted: Fitted, rows: Rows) -> dict[str, Any]:
+        """raises: ConfigInvalid where no data set can be left out, or too few rows speak"""
+        try:
+            with self.console.status("the same fit without each data set …"):
+                values = refitted(self.recipe, fitted, rows)
+            return told(values[:, 0], rows.labels, rows.keys, [r.group for r in self.parts["fit"]])
+        except Unsupported as error:
+            raise ConfigInvalid(f"`left_out: true`: {error}") from error
 
     def _weights(self, fitted: Fitted | FittedHead) -> ProbeWeights:
         """The bias is the first projection's: a value is the sum of what the projections give."""
