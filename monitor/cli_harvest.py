@@ -44,6 +44,9 @@ def harvest(
     ] = None,
     half: Annotated[bool, typer.Option("--float16", help="Half the disk; about 3 digits.")] = False,
     max_text_tokens: Annotated[int, typer.Option(min=8, help="A text is cut after so many.")] = 512,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="The labels are about each row's `response`, not about its `text`.")
+    ] = False,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Also write statistics-POOLING.safetensors.")
     ] = False,
@@ -63,7 +66,10 @@ def harvest(
     from training.progress import progress
 
     console = Console(stderr=True)
-    samples = [Sample.of(row) for file in data for row in read_rows(file)[0]]
+    samples = [Sample.of(row, answers) for file in data for row in read_rows(file)[0]]
+    if answers and not all(sample.answer.strip() for sample in samples):
+        missing = sum(not sample.answer.strip() for sample in samples)
+        raise ConfigInvalid(f"--answers: {missing} of {len(samples)} rows have no `response`; leave their files out")
     settings = load_settings(config, model=model)
     with reading(settings, engine, layers, context.args, console) as (loaded, read):
         plan = make_plan(

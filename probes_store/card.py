@@ -41,6 +41,11 @@ class DataFile(_Part):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     rows: int = Field(ge=0)
     positive: int = Field(ge=0)
+    license: str = ""
+    """Of its rows, as the recipe says; empty: it does not say."""
+    used: dict[str, int] = Field(default_factory=dict)
+    """How many of them were fitted on (`fit`), calibrated on and held out (`test`); the others were repeats, or left
+    out. Older cards don't say."""
 
 
 class Canary(_Part):

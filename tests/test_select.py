@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from monitor.cli import app
 from training.families import PENALTIES
 from training.fit import balanced, fit_logistic
-from training.left_out import Ranked, best, folds, left_out, ranked
+from training.left_out import Ranked, best, folds, left_out, ranked, told
 from training.metrics import Unsupported
+from training.recipe import Recipe
 from training.select import Candidate, fits, select
-from training.solve import Rows, choose_penalty, left_out_closed
+from training.solve import Rows, candidates, choose_penalty, left_out_closed, refitted
 
 D, PER_SET = 6, 60
 KEYS = ["harm a", "harm b", "mild a", "mild b", "both"]
@@ -82,6 +83,23 @@ def test_changed_labels_of_a_data_set_change_no_value_of_its_own_rows(rows, solv
     one, two = left_out_closed(solver, rows), left_out_closed(solver, other)
     assert one[mine] == pytest.approx(two[mine], abs=1e-9)
     assert np.abs(one[~mine] - two[~mine]).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["logistic", "adam", "lda", "difference_of_means", "ridge"])
+def test_the_chosen_fit_again_without_each_data_set(rows, solver):
+    recipe = Recipe(sources=({"file": "x"},), solver=solver, epochs=200, c=0.1, penalty=0.5)
+    (fitted,) = candidates(recipe, rows)
+    values = refitted(
+        recipe.model_copy(update={"solver": "best"} if solver in ("logistic", "adam") else {}), fitted, rows
+    )
+    for _, out in folds(rows.keys, rows.labels):
+        kept = [k for k, gone in zip(rows.keys, out, strict=True) if not gone]
+        (again,) = candidates(recipe, Rows(rows.x[~out], rows.labels[~out], rows.weights[~out], kept))
+        assert values[out, 0] == pytest.approx(again.logits(rows.x[out]), abs=1e-9)
+    if solver in ("lda", "difference_of_means"):
+        assert values == pytest.approx(left_out_closed(solver, rows), abs=1e-8), "by sums, or by the rows"
+    found = told(values[:, 0], rows.labels, rows.keys, [str(i) for i in range(len(rows.keys))])
+    assert found["pooled"]["auroc"] > 0.8 and found["data_sets"] == len(KEYS)
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------

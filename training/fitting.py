@@ -11,16 +11,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeWeights
 from probes_store.base import Base
 from training.data import Row
 from training.evaluate import separation
 from training.fit import Array, Fitted
 from training.heads import FittedHead, HeadRecipe, fit_head
+from training.left_out import told
+from training.metrics import Unsupported
 from training.peaks import Running, fit_peaks, running_means
 from training.progress import progress, ticks
 from training.recipe import Recipe
-from training.solve import Rows, candidates
+from training.solve import Rows, candidates, refitted
 from training.texts import Reader
 
 Labels = npt.NDArray[np.int64]
@@ -37,20 +40,24 @@ class Fitting:
     def fit(self, rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[Fitted | FittedHead, dict[str, Any], Base]:
         """The fit that does best on the held-out rows, the figures of all, and the moments of the rows that made it.
 
-        raises: ValueError if the rows lack a label
+        raises: ValueError if the rows lack a label; ConfigInvalid for `left_out` where no data set can be left out
         """
         y, weights = np.array([r.label for r in rows]), np.array([r.weight for r in rows])
+        together: Rows | None = None
         if self._recipe.head is not None:
             found, means = self._head(self._recipe.head, rows, y, weights, held_out)
         else:
-            found, means = self._linear(rows, y, weights, held_out)
+            found, means, together = self._linear(rows, y, weights, held_out)
         base = Base.of(means.reshape(len(rows), len(self._layers), -1), self._layers, y)
         truth = np.array([r.label for r in held_out])
-        if len(set(truth.tolist())) < 2:
-            return found[0][0], {"held_out": {}}, base
-        scored = {c.method: separation(v[truth == 1].tolist(), v[truth == 0].tolist()) for c, v in found}
-        best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}, base
+        best, metrics = found[0][0], dict[str, Any](held_out={})
+        if len(set(truth.tolist())) == 2:
+            scored = {c.method: separation(v[truth == 1].tolist(), v[truth == 0].tolist()) for c, v in found}
+            best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
+            metrics = {"held_out": scored, "chosen": best.method}
+        if self._recipe.left_out and isinstance(best, Fitted) and together is not None:
+            metrics["left_out"] = self._left_out(best, together, [r.group for r in rows])
+        return best, metrics, base
 
     def weights(self, fitted: Fitted | FittedHead, name: str) -> ProbeWeights:
         """The bias is the first projection's: a value is the sum of what the projections give."""
@@ -74,11 +81,14 @@ class Fitting:
         means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
         return [(made, made.values(self._tokens(held_out)))], means
 
-    def _linear(self, rows: Sequence[Row], y: Labels, weights: Array, held_out: Sequence[Row]) -> tuple[Made, Array]:
+    def _linear(
+        self, rows: Sequence[Row], y: Labels, weights: Array, held_out: Sequence[Row]
+    ) -> tuple[Made, Array, Rows]:
         recipe = self._recipe
         running: dict[int, Running] | None = {} if recipe.peaks else None
         pooled, x_test = self._features(rows, running), self._features(held_out).reshape(len(held_out), -1)
         x = pooled.reshape(len(rows), -1)
+        together = Rows(x, y, weights, [r.key or r.source for r in rows])
         if running is not None:
             with progress(self._console, "fitting: logistic, rounds", recipe.peaks + 1) as tick:
                 collected = [running[i] for i in range(len(rows))]
@@ -86,9 +96,17 @@ class Fitting:
         else:
             steps = recipe.epochs if recipe.solver in ("best", "adam") else 1
             with progress(self._console, f"fitting: {recipe.solver}", steps) as tick:
-                together = Rows(x, y, weights, [r.key or r.source for r in rows])
                 fits = candidates(recipe, together, lambda n: ticks(n, tick))
-        return [(c, c.logits(x_test)) for c in fits], pooled[:, 0]
+        return [(c, c.logits(x_test)) for c in fits], pooled[:, 0], together
+
+    def _left_out(self, fitted: Fitted, rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
+        """raises: ConfigInvalid where no data set can be left out, or too few rows speak"""
+        try:
+            with self._console.status("the same fit without each data set …"):
+                values = refitted(self._recipe, fitted, rows)
+            return told(values[:, 0], rows.labels, rows.keys, groups)
+        except Unsupported as error:
+            raise ConfigInvalid(f"`left_out: true`: {error}") from error
 
     # --- activations ----------------------------------------------------------------------------------------------
 

@@ -45,21 +45,24 @@ POOL: dict[Pooling, Callable[[Turn], Turn]] = {"mean": lambda turn: turn, "last"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A labelled conversation. messages: (role, content), oldest first; the newest turn is what the label is about"""
+    """A labelled conversation. messages: (role, content), oldest first; the newest turn is what the label is about, or
+    `answer`, an answer to them, where there is one"""
 
     messages: tuple[tuple[str, str], ...]
     label: int
     source: str
+    answer: str = ""
 
     @classmethod
-    def of(cls, row: Row) -> Sample:
-        """A row's text as the user's only message."""
-        return cls((("user", row.text),), row.label, row.source)
+    def of(cls, row: Row, answers: bool = False) -> Sample:
+        """A row's text as the user's only message. answers: the label is about the row's answer to it"""
+        return cls((("user", row.text),), row.label, row.source, row.answer if answers else "")
 
     @property
     def sha256(self) -> str:
         """Of the messages alone: a row keeps it when its label is corrected."""
-        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
+        what = [self.messages, self.answer] if self.answer else self.messages
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def make_plan(
@@ -169,9 +172,11 @@ def _make(
 
 
 def _prompt(model: LoadedModel, sample: Sample, max_text_tokens: int) -> Prompt:
-    cut = Reader(model, max_text_tokens).cut
-    messages = [{"role": role, "content": cut(text)} for role, text in sample.messages]
+    reader = Reader(model, max_text_tokens)
+    messages = [{"role": role, "content": reader.cut(text)} for role, text in sample.messages]
     prompt = model.template.encode(messages)
+    if sample.answer:
+        prompt = reader.answered(prompt, sample.answer)
     if not prompt.turns:
         raise ConfigInvalid(f"row {sample.sha256[:16]} of {sample.source!r} has no position that counts; leave it out")
     if len(prompt.token_ids) > model.max_model_len:

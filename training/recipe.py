@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,8 @@ class Source(_Part):
     each: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
+    license: str = ""
+    """Of the file's rows, for the card's data sheet."""
     made: Made | None = None
     answers: bool = False
     forms: int = Field(0, ge=0, le=8)
@@ -96,6 +99,8 @@ class Recipe(_Part):
     """Of `ridge`; None: the best of its path with data sets left out."""
     head: HeadRecipe | None = None
     """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
+    left_out: bool = False
+    """Fit once more without each data set, for the card: how it holds on sources it has not seen. Not for a head."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
@@ -127,6 +132,8 @@ class Recipe(_Part):
         clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
         if self.head is not None and clash:
             raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        if self.head is not None and self.left_out:
+            raise ValueError("left_out fits as often as there are data sets, too long for a head; leave it out")
         return self
 
     @property
@@ -144,6 +151,8 @@ class Recipe(_Part):
             raise ValueError("peaks are for `solver: logistic` and one projection")
         if self.peaks and self.response.kind not in ("ema", "mean"):
             raise ValueError(f"peaks need a running mean for answers, `ema` or `mean`, not {self.response.kind}")
+        if self.peaks and self.left_out:
+            raise ValueError("left_out fits without peaks, which would be another probe; leave one of the two out")
         return self
 
     @model_validator(mode="before")
@@ -188,12 +197,14 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     seen: list[Row] = []
     placed: dict[str, Part] = {}
     reforms: dict[str, Source] = {}
+    used: dict[str, Counter[str]] = {}
     for source in recipe.sources:
         file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
-        files[described.file] = described
+        before = files.get(described.file, described)
+        files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = _about(rows, source, described.file)
         known = {r.identity for r in seen}
         rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
@@ -218,7 +229,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         }
         for part, of_part in split(rows, shares, recipe.seed, placed).items():
             for row in of_part:
-                parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
+                own: Part = "test" if part == "calibrate" and row.label == 1 else part
+                parts[own].append(row)
+                used.setdefault(described.file, Counter())[own] += 1
     if recipe.balance:
         parts["fit"] = balanced(parts["fit"])
     for key, source in reforms.items():
@@ -227,7 +240,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
-    return parts, list(files.values())
+    return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
 
 
 def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:
