@@ -103,15 +103,22 @@ class FakeTracer(Broken):
 class AdminPort:
     """The admin port in a thread of its own, over fakes; `calls` is what reached them."""
 
-    def __init__(self, folder, desk=None, others=(), **settings):
-        self.others = others
+    def __init__(self, folder, desk=None, probes=None, **settings):
         self.calls, self.clock, self.limited = [], Clock(), []
         self.audit = Audit(folder / "audit.sqlite3")
         self._outcomes = Counter()
         self.offenders = Offenders(Metrics().key_events, lambda event: None)
         self.policies, self.keys, self.tracer = (k(self.calls) for k in (FakePolicies, FakeKeys, FakeTracer))
         self.operations = Operations(
-            self.engine, self.policies, self.keys, self.records, self.audit, self.offenders, self.tracer, desk=desk
+            self.engine,
+            self.policies,
+            self.keys,
+            self.records,
+            self.audit,
+            self.offenders,
+            self.tracer,
+            probes=probes,
+            desk=desk,
         )
         self.settings = load_settings(**settings)
         self.host = self.settings.admin_host
@@ -137,7 +144,7 @@ class AdminPort:
 
     async def _main(self):
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        app = create_admin(self.operations, KEY, self.host, self._count, self.clock, others=self.others)
+        app = create_admin(self.operations, KEY, self.host, self._count, self.clock)
         async with second_port(app, self._listener, self.settings, self.limited.append):
             self._up.set()
             await self._end.wait()

@@ -1,15 +1,16 @@
-"""The admin port over a real log with kept texts, and probes' routes that only remember: what the console shows."""
+"""The admin port over a real log with kept texts, and probes that are only said to change: what the console shows."""
 
 import base64
 import time
 
-from fastapi import APIRouter, Body
-
+from monitor.api.admin_probes import ProbeOperations
 from monitor.api.feed import Feed
 from monitor.api.review_desk import Desk
+from monitor.errors import ConfigInvalid
 from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, Said, TrafficLog
 from monitor.types import Action, Mode, Phase
+from probes_store.promote import Choice
 
 from .admin_port import KEY, AdminPort
 from .conftest import tiny_tokenizer
@@ -24,59 +25,63 @@ def chat(*contents):
 
 
 class FakeProbes:
-    """What the training side's routes answer, from a little state of its own."""
+    """Versions of one probe, `demo`, and a training that is done at once; `asked` is what was."""
 
     def __init__(self):
         self.live, self.previous, self.candidate, self.asked = "v1", None, "v2", []
         self.training = {"state": "idle", "probe": None, "started": None, "ended": None, "exit_code": None}
         self.training |= {"lines": [], "candidate": None}
-        self.routes = APIRouter()
-        self._add()
 
-    def _add(self):
-        @self.routes.get("/admin/probes")
-        async def probes():
-            return {"model": "tiny", "probes": [self.describe()]}
+    @property
+    def operations(self):
+        return ProbeOperations(self, self.shelf, self)
 
-        @self.routes.post("/admin/probes/{name}/promote")
-        async def promote(name: str, version: str = Body(embed=True)):
-            self.asked.append(("promote", name, version))
-            self.live, self.previous, self.candidate = version, self.live, None
-            return {"probe": name, "live": self.live, "previous": self.previous}
+    async def follow(self):
+        pass
 
-        @self.routes.post("/admin/probes/{name}/rollback")
-        async def rollback(name: str):
-            self.asked.append(("rollback", name))
-            self.live, self.previous = self.previous, self.live
-            return {"probe": name, "live": self.live, "previous": self.previous}
+    async def end(self):
+        pass
 
-        @self.routes.post("/admin/probes/{name}/shadow")
-        async def shadow(name: str, version: str | None = Body(embed=True)):
-            self.asked.append(("shadow", name, version))
-            self.candidate = version
-            return {"probe": name, "candidate": version}
+    def _choice(self):
+        return Choice("demo", self.live, self.previous, self.candidate)
 
-        @self.routes.post("/admin/retrain", status_code=202)
-        async def retrain(probe: str = Body(embed=True)):
-            self.asked.append(("retrain", probe))
-            lines = ["<b>fitting</b>", "gate: PASS"]
-            done = {"state": "done", "probe": probe, "started": time.time() - 3, "ended": time.time(), "exit_code": 0}
-            self.training = done | {"lines": lines, "candidate": "v3"}
-            return self.training | {"state": "running"}
+    async def promote(self, probe, version):
+        self.asked.append(("promote", probe, version))
+        if version not in ("v1", "v2"):
+            raise ConfigInvalid(f"there is no version {version}")
+        self.live, self.previous, self.candidate = version, self.live, None
+        return self._choice()
 
-        @self.routes.get("/admin/retrain")
-        async def training():
-            return self.training
+    async def rollback(self, probe):
+        self.asked.append(("rollback", probe))
+        self.live, self.previous = self.previous, self.live
+        return self._choice()
+
+    async def shadow(self, probe, version):
+        self.asked.append(("shadow", probe, version))
+        self.candidate = version
+        return self._choice()
+
+    async def start(self, probe):
+        self.asked.append(("retrain", probe))
+        done = {"state": "done", "probe": probe, "started": time.time() - 3, "ended": time.time(), "exit_code": 0}
+        self.training = done | {"lines": ["<b>fitting</b>", "gate: PASS"], "candidate": "v3"}
+        return self.training | {"state": "running"}
 
     def describe(self):
+        return self.training
+
+    def shelf(self):
         def version(name, **more):
             own = {"version": name, "created": "2026-11-01T10:00:00+00:00", "kind": "harm", "layers": [15]}
             own |= {"sha256": "ab" * 32, "live": name == self.live, "candidate": name == self.candidate}
             return own | {"metrics": {"auroc": 0.913}, "gate": None, "labels": None} | more
 
-        versions = [version("v1"), version("v2", gate={"verdict": "PASS"}, labels=240)]
+        bad = dict.fromkeys(("created", "kind", "layers", "sha256", "metrics"))
+        versions = [version("v2", gate={"verdict": "PASS"}, labels=240), version("v1")]
+        versions.append(version("v0", damaged="its sha256 is another", **bad))
         found = {"name": "demo", "live": self.live, "previous": self.previous, "candidate": self.candidate}
-        return found | {"backlog": 12, "needed": 60, "versions": versions}
+        return {"model": "tiny", "probes": [found | {"backlog": 12, "needed": 60, "versions": versions}]}
 
 
 class ConsolePort(AdminPort):
@@ -89,7 +94,7 @@ class ConsolePort(AdminPort):
         self.log = TrafficLog(self.path, 100_000, 10_000, self.drops.append, cipher=cipher)
         self._at = time.time() - 5000
         desk = Desk(self.path, self.feed, self.template, cipher, lens)
-        super().__init__(folder, desk, [self.probes.routes], **settings)
+        super().__init__(folder, desk, self.probes.operations, **settings)
 
     def say(self, request_id, text, answer="", value=3.0, verdict=Action.FLAG, scores=None, **more):
         """text: of the user. scores: of every position, else one that crosses in the prompt's middle"""

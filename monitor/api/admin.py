@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, FastAPI, Path, Query
+from fastapi import FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -115,12 +115,10 @@ def create_admin(
     counted: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
     idle_s: float = 1800.0,
-    others: Sequence[APIRouter] = (),
 ) -> ASGIApp:
     """key: the admin key; host: the address that the port is bound to; counted: told each request's outcome
 
     clock: seconds, of the minutes of wrong keys and of sessions; idle_s: after which an unused session ends
-    others: more routes behind the same guard
     """
     app = FastAPI(title="midstream admin", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _reading(app, operations)
@@ -133,8 +131,6 @@ def create_admin(
     if operations.desk is not None:
         review_routes(app, operations.desk)
     console_routes(app)
-    for routes in others:
-        app.include_router(routes)
     _errors(app)
     return AdminGuard(
         app,

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from monitor.api.errors import ApiError
-from monitor.config import PREFIX, Settings
+from monitor.api.retraining import environment
+from monitor.config import Settings
 
 MAX_S = 180.0
 MAX_CHARACTERS = 32_000
@@ -30,8 +31,7 @@ class Lensing:
 
     def __init__(self, settings: Settings, command: Sequence[str] | None = None) -> None:
         self._command = command or (sys.executable, "-m", "monitor.cli", "lens", "-", "--json", "--last", str(LAST))
-        own = {PREFIX + n.upper(): str(v) for n in _SETTINGS if (v := getattr(settings, n)) is not None}
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)} | own
+        self._environment = environment(settings, _SETTINGS)
         self._busy = False
 
     async def look(self, turns: Sequence[dict[str, str]]) -> dict[str, Any]:

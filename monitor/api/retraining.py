@@ -44,11 +44,11 @@ _HANDED_ON = (
 )
 
 
-def environment(settings: Settings) -> dict[str, str]:
-    """Of the training: the server's own, with what it was told by arguments and files too. A key is in no argument."""
+def environment(settings: Settings, names: Sequence[str] = _HANDED_ON) -> dict[str, str]:
+    """Of a process of ours: the server's own, with these settings as it was told them. A key is in no argument."""
     own = {k: v for k, v in os.environ.items() if not k.upper().startswith(PREFIX)}
-    told = {name: getattr(settings, name) for name in _HANDED_ON}
-    told["retrain_frozen"] = json.dumps(settings.retrain_frozen)
+    told = {name: getattr(settings, name) for name in names}
+    told |= {name: json.dumps(value) for name, value in told.items() if isinstance(value, tuple)}
     ours = {PREFIX + k.upper(): str(v) for k, v in told.items() if v is not None}
     return own | ours | {"COLUMNS": "120"}
 

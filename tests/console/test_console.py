@@ -212,7 +212,11 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     filled(port)
     in_queue(port, page)
     page.press("3")
-    page.until("document.querySelector('.card')?.innerText.includes('60 more labels are needed')")
+    page.until("document.querySelector('.card')?.innerText.includes('60 more requests are needed')")
+    assert "damaged: its sha256 is another" in page.text(".card")
+    assert page.run("[...document.querySelectorAll('.card button')].map((b) => b.innerText)") == [
+        "Retrain", "Promote", "Stop shadow",
+    ]  # fmt: skip
     press_button(page, "Promote")
     page.until("document.querySelector('dialog[open]')?.innerText.includes('Promote v2')")
     page.press("Escape")

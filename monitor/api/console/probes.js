@@ -6,6 +6,7 @@ import { count, known, time } from "./format.js";
 import { setKeys } from "./keys.js";
 
 const EVERY_MS = 1500;
+const GATE = { 0: "PASS", 10: "THRESHOLD STALE", 11: "DEGRADED", 12: "INCONCLUSIVE" }; // of the training's exit code
 
 export function showProbes(place) {
   const list = h("div", { class: "probes" });
@@ -68,21 +69,20 @@ function card(probe, load, follow) {
 
 function needed(probe) {
   if (!known(probe.needed)) return null;
-  const have = probe.labels ?? null;
-  const words = probe.needed > 0 ? `${count(probe.needed)} more labels are needed for the next version` : "enough labels for the next version";
-  return h("p", { class: "needed" }, h("b", null, words), h("span", { class: "soft" }, known(probe.backlog) ? ` · ${count(probe.backlog)} requests wait in the queue` : ""),
-    have !== null ? h("progress", { max: have + probe.needed, value: have, "aria-label": words }) : null);
+  const words = probe.needed > 0 ? `${count(probe.needed)} more requests are needed to certify a threshold on this traffic` : "enough traffic to certify a threshold";
+  return h("p", { class: "needed" }, h("span", null, h("b", null, `${count(probe.backlog)} labels`), " since the newest version"), h("span", { class: "soft" }, words),
+    h("a", { href: "#/queue" }, "label more"));
 }
 
 function versionRow(probe, version, swap) {
-  const state = version.live ? "live" : version.candidate ? "in shadow" : "";
-  const acts = version.live ? [] : [
+  const state = version.damaged ? h("span", { class: "bad" }, `damaged: ${version.damaged}`) : version.live ? "live" : version.candidate ? "in shadow" : "";
+  const acts = version.live || version.damaged ? [] : [
     button("Promote", swap(`Promote ${version.version}`, `${probe.name} ${version.version} serves every new request at once, in place of ${probe.live}, which is kept to roll back to.`,
       "promote", { version: version.version })),
     version.candidate
       ? button("Stop shadow", swap("Stop the shadow", `${version.version} is no longer scored beside ${probe.live}.`, "shadow", { version: null }), { class: "quiet" })
       : button("Shadow", swap(`Run ${version.version} in shadow`, `${version.version} is scored beside ${probe.live} and only counted: it flags and blocks nothing.`, "shadow", { version: version.version }), { class: "quiet" })];
-  return [h("b", null, version.version), state, created(version.created), version.kind ?? "–", (version.layers ?? []).join(", "), { n: known(version.labels) ? count(version.labels) : "–" },
+  return [h("b", null, version.version), state, version.created ? created(version.created) : "–", version.kind ?? "–", (version.layers ?? []).join(", "), { n: known(version.labels) ? count(version.labels) : "–" },
     gate(version.gate), h("span", { class: "soft" }, figures(version.metrics)), h("code", { title: version.sha256 }, (version.sha256 ?? "").slice(0, 8)), h("span", { class: "acts" }, acts)];
 }
 
@@ -110,7 +110,7 @@ function figures(metrics, path = "") {
 function progress(state) {
   if (state.state === "idle") return [];
   const seconds = (state.ended ?? Date.now() / 1000) - (state.started ?? Date.now() / 1000);
-  const words = { running: "is being trained", done: `is trained${state.candidate ? `: ${state.candidate} is a candidate` : ": no candidate"}`, failed: `failed (exit code ${state.exit_code})` }[state.state] ?? state.state;
+  const words = { running: "is being trained", done: `is trained: ${state.candidate ? `${state.candidate} is new in the store` : "no new version"}, gate ${GATE[state.exit_code] ?? state.exit_code}`, failed: `failed (exit code ${state.exit_code})` }[state.state] ?? state.state;
   const out = h("pre", { tabindex: "0", "aria-label": "Output of the training", role: "log" }, (state.lines ?? []).join("\n"));
   requestAnimationFrame(() => { out.scrollTop = out.scrollHeight; });
   return [h("h2", null, "Training"), h("p", { class: state.state === "failed" ? "bad" : null, role: "status" }, `${state.probe} ${words}, ${Math.max(0, Math.round(seconds))} s`), out];
