@@ -35,7 +35,6 @@ from probes_store.store import Store
 
 from ..conftest import Sink, calibrated, make_card, save_tiny, tiny_config
 
-
 COMMON = ["--max-model-len", "1024", "--max-num-seqs", "64"]
 EAGER = [*COMMON, "--enforce-eager"]
 # A score above this is every score: the record then carries them all.
