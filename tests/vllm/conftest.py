@@ -35,15 +35,6 @@ from probes_store.store import Store
 
 from ..conftest import Sink, calibrated, make_card, save_tiny, tiny_config
 
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: whoever needs the shared engine to one worker, every other file as a whole."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("shared" if "shared" in fixtures else item.path.stem))
-
-
 COMMON = ["--max-model-len", "1024", "--max-num-seqs", "64"]
 EAGER = [*COMMON, "--enforce-eager"]
 # A score above this is every score: the record then carries them all.
