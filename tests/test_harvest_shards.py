@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -347,6 +348,7 @@ def test_the_command_harvests_and_goes_on(tiny_folder, tmp_path, capsys):
             statistics=True,
             model=str(tiny_folder),
             as_json=True,
+            context=SimpleNamespace(args=[]),
         )
         return json.loads(capsys.readouterr().out)
 

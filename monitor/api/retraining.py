@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -36,7 +37,10 @@ _HANDED_ON = (
     "log_url",
     "log_text",
     "log_key",
+    "features",
     "target_fpr",
+    "retrain_tenant_share",
+    "retrain_frozen",
 )
 
 
@@ -44,6 +48,7 @@ def environment(settings: Settings) -> dict[str, str]:
     """Of the training: the server's own, with what it was told by arguments and files too. A key is in no argument."""
     own = {k: v for k, v in os.environ.items() if not k.upper().startswith(PREFIX)}
     told = {name: getattr(settings, name) for name in _HANDED_ON}
+    told["retrain_frozen"] = json.dumps(settings.retrain_frozen)
     ours = {PREFIX + k.upper(): str(v) for k, v in told.items() if v is not None}
     return own | ours | {"COLUMNS": "120"}
 

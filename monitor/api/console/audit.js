@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { button, h, table } from "./dom.js";
-import { count, time, visible } from "./format.js";
+import { count, time } from "./format.js";
 import { setKeys } from "./keys.js";
 
 const HIDDEN = new Set(["/admin/audit", "/admin/live", "/admin/session", "/admin/queue", "/admin/queue/counts", "/admin/retrain", "/admin/probes"]);
@@ -12,9 +12,10 @@ export function showAudit(place) {
   const all = h("input", { type: "checkbox" });
   let rows = [];
 
+  const isReading = (r) => r.method === "GET" && !r.refused && (HIDDEN.has(r.path) || r.path.startsWith("/admin/requests/"));
   const draw = () => {
-    const shown = all.checked ? rows : rows.filter((r) => r.method !== "GET" || r.refused || !HIDDEN.has(r.path));
-    const lines = shown.map((r) => [time(r.time, true), r.actor, h("code", null, r.method), h("code", { class: "path" }, visible(r.path)),
+    const shown = rows.filter((r) => all.checked || !isReading(r));
+    const lines = shown.map((r) => [time(r.time, true), r.actor, h("code", null, r.method), h("code", { class: "path" }, r.path),
       r.refused ? h("span", { class: "bad" }, `refused: ${r.refused}`) : (r.result ?? "…"), r.peer, { n: r.unwritten ? count(r.unwritten) : "" }]);
     out.replaceChildren(table("Actions, the newest first", ["time", "who", "", "what", "result", "from", "uncounted before"], lines, { class: "stack" }));
   };
@@ -30,7 +31,7 @@ export function showAudit(place) {
 
   all.addEventListener("change", draw);
   place.append(h("section", { class: "page", "aria-label": "Audit trail" },
-    h("div", { class: "line" }, h("h1", null, "Audit trail"), h("span", { class: "spring" }), h("label", { class: "check" }, all, " with reading"), button(["Again ", h("kbd", null, "r")], load)), out));
+    h("div", { class: "line" }, h("h1", null, "Audit trail"), h("span", { class: "spring" }), h("label", { class: "check" }, all, " reading too"), button(["Again ", h("kbd", null, "r")], load)), out));
   setKeys([["r", "read again", load]]);
   load();
 }

@@ -1,7 +1,7 @@
 // What was said, each token coloured by what a probe read there. Hostile text: only ever text nodes.
 
 import { h } from "./dom.js";
-import { fullHeat, heat, known, visible } from "./format.js";
+import { fullHeat, heat, known } from "./format.js";
 
 const MAX_TOKENS = 8000;
 
@@ -38,9 +38,9 @@ function answerTurn(answer, record) {
 
 /** A text whose tokens can't be told apart any more. */
 function plain(title, turns, scored) {
-  const why = scored ? h("p", { class: "soft" }, "Without colours: this text was redacted or rendered otherwise, so its tokens are no longer those that were scored.") : null;
+  const why = scored ? h("p", { class: "soft" }, "Without colours: this text was redacted, or read again it splits into other tokens than were scored.") : null;
   return [h("h4", null, title), scored && turns.some((t) => t.role) ? why : null,
-    turns.map((t) => h("div", { class: "turn" }, t.role ? h("span", { class: "role" }, visible(t.role)) : null, h("div", { class: "text" }, visible(t.content))))];
+    turns.map((t) => h("div", { class: "turn" }, t.role ? h("span", { class: "role" }, t.role) : null, h("div", { class: "text" }, t.content)))];
 }
 
 function rest(record, phase, pieces) {
@@ -52,7 +52,7 @@ function rest(record, phase, pieces) {
 
 function block(record, phase, pieces, first, scores, probe, shared) {
   const reading = readingOf(record, probe, phase);
-  const full = fullHeat(reading.threshold, scores);
+  const full = fullHeat(reading.threshold, scores.filter((_, i) => isCounted(record, first + i)));
   const tokens = pieces.map((piece, i) => token(piece, first + i, scores[i], full, reading, isCounted(record, first + i)));
   const box = h("div", { class: "tokens text", tabindex: "0", role: "group",
     "aria-label": `${phase === "prompt" ? "Prompt" : "Answer"}, ${pieces.length} tokens; arrow keys go from one to the next` }, tokens);
@@ -81,7 +81,7 @@ function token(piece, position, score, full, reading, counted) {
   const crossed = position === reading.crossed_at;
   const above = counted && known(score) && known(reading.threshold) && score > reading.threshold;
   const names = [step === null ? "" : `heat${step}`, counted ? "" : "frame", above ? "above" : "", crossed ? "crossed" : ""];
-  return h("span", { class: names.filter(Boolean).join(" "), "data-at": position }, visible(piece));
+  return h("span", { class: names.filter(Boolean).join(" "), "data-at": position }, piece);
 }
 
 function legend(scores, probe) {

@@ -1,4 +1,4 @@
-// Elements from data. Text is only ever a text node: nothing here, and nothing that uses it, parses markup.
+// Elements from data. Text is only ever a text node whose signs can be seen: nothing here parses markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 const FORBIDDEN = /^(on|style$|srcdoc$|innerhtml$|outerhtml$)/i;
@@ -21,7 +21,12 @@ function filled(element, attributes, children) {
 }
 
 function node(child) {
-  return child instanceof Node ? child : document.createTextNode(String(child));
+  return child instanceof Node ? child : document.createTextNode(visible(String(child)));
+}
+
+/** What does not print, turns text around or hides in it becomes a box; line ends and tabs stay. */
+export function visible(text) {
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]/gu, "□");
 }
 
 /** h("td", {class: "n"}, value, [more]): children that are null are left out. */

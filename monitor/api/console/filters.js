@@ -20,10 +20,10 @@ export function asQuery(chosen) {
 export function filterBar(chosen, pairs, changed) {
   const put = (name) => (value) => changed({ ...chosen, [name]: value });
   const order = (value) => changed({ ...chosen, order: value, probe: value === "threshold" ? chosen.probe || pairs[0] || "" : chosen.probe });
-  const key = h("input", { type: "search", value: chosen.key, size: 9, placeholder: "any", spellcheck: "false", autocomplete: "off" });
+  const key = h("input", { type: "search", name: "key", value: chosen.key, size: 9, placeholder: "any", spellcheck: "false", autocomplete: "off" });
   key.addEventListener("change", () => put("key")(key.value.trim()));
   const boxes = VERDICTS.map((name) => {
-    const box = h("input", { type: "checkbox", checked: chosen.verdicts.includes(name) });
+    const box = h("input", { type: "checkbox", name: `verdict-${name}`, checked: chosen.verdicts.includes(name) });
     box.addEventListener("change", () => {
       const left = VERDICTS.filter((v) => (v === name ? box.checked : chosen.verdicts.includes(v)));
       put("verdicts")(left.length ? left : DEFAULTS.verdicts);
@@ -34,13 +34,13 @@ export function filterBar(chosen, pairs, changed) {
   const isPlain = JSON.stringify({ ...chosen, order: "" }) === JSON.stringify({ ...DEFAULTS, order: "" });
   return h("div", { class: "filters" },
     h("div", { class: "segments", role: "group", "aria-label": "Order" }, ORDERS.map(([value, words]) =>
-      h("button", { type: "button", "aria-pressed": String(value === chosen.order), on: { click: () => order(value) } }, words))),
+      h("button", { type: "button", name: `order-${value}`, "aria-pressed": String(value === chosen.order), on: { click: () => order(value) } }, words))),
     h("details", { open: chosen.open || null, on: { toggle: (event) => { chosen.open = event.target.open; } } },
       h("summary", null, "Filters", isPlain ? null : h("span", { class: "dot", title: "some are set" }, " ●")),
       h("div", { class: "fields" },
-        field("Probe", select([...any, ...pairs.map((p) => [p, p.replace("/", ", ")])], chosen.probe, put("probe"))),
-        field("Time", select(TIMES, chosen.time, put("time"))),
-        field("Labels", select(LABELLED, chosen.labelled, put("labelled"))),
+        field("Probe", select([...any, ...pairs.map((p) => [p, p.replace("/", ", ")])], chosen.probe, put("probe"), { name: "probe" })),
+        field("Time", select(TIMES, chosen.time, put("time"), { name: "time" })),
+        field("Labels", select(LABELLED, chosen.labelled, put("labelled"), { name: "labelled" })),
         field("Key", key),
         h("fieldset", null, h("legend", null, "Verdict"), boxes))));
 }

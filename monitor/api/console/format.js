@@ -1,6 +1,6 @@
 // Numbers, times and verdicts as they are written everywhere in the console.
 
-import { h } from "./dom.js";
+import { h, visible } from "./dom.js";
 
 const SHAPES = { block: "■", flag: "▲", escalate: "◆", unmonitored: "◇", allow: "○" };
 export const VERDICTS = ["block", "flag", "escalate", "unmonitored", "allow"];
@@ -32,11 +32,6 @@ function ago(seconds) {
   return "";
 }
 
-/** A text whose signs can be seen: what does not print, or turns text around, is named or becomes a box. */
-export function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g, "□");
-}
-
 /** One token on one line. */
 export function word(text) {
   const shown = visible(text).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
@@ -50,8 +45,8 @@ export function heat(value, full) {
   return Math.max(-4, Math.min(4, steps));
 }
 
-/** The largest value of a text, but no less than the threshold and no more than twice: one peak must not hide the rest. */
+/** What 95 % of a text's values stay below, and no less than the threshold: one peak must not hide the rest. */
 export function fullHeat(threshold, values) {
-  const largest = values.reduce((most, value) => (known(value) ? Math.max(most, Math.abs(value)) : most), 1);
-  return known(threshold) && threshold > 0.5 ? Math.max(threshold, Math.min(largest, 2 * threshold)) : largest;
+  const sizes = values.filter(known).map(Math.abs).sort((a, b) => a - b);
+  return Math.max(1, threshold ?? 0, sizes[Math.floor(0.95 * (sizes.length - 1))] ?? 0);
 }

@@ -10,7 +10,7 @@ let words = [];
 /** The keys of the view that is shown. list: [[key, words, act]]; several keys may share a line: "h". */
 export function setKeys(list) {
   acts = Object.fromEntries(list.map(([key, , act]) => [key, act]));
-  words = list.map(([key, what]) => [key === " " ? "Space" : key, what]);
+  words = list.filter(([, what]) => what).map(([key, what]) => [key === " " ? "Space" : key, what]);
 }
 
 function isOff() {

@@ -47,11 +47,15 @@ export function showQueue(place, first) {
   place.append(side, detail);
   const state = { entries: [], next: null, at: -1, open: null, pairs: [], last: null, load: null, opens: 0, shown: null };
 
-  const drawBar = () => bar.replaceChildren(filterBar(chosen, state.pairs, (changed) => {
-    chosen = changed;
-    drawBar();
-    load();
-  }));
+  function drawBar() {
+    const name = bar.contains(document.activeElement) ? document.activeElement.name : null;
+    bar.replaceChildren(filterBar(chosen, state.pairs, (changed) => {
+      chosen = changed;
+      drawBar();
+      load();
+    }));
+    if (name) bar.querySelector(`[name="${name}"]`)?.focus(); // whoever is there by keyboard stays there
+  }
 
   async function load(more = false) {
     state.load?.abort();
@@ -162,7 +166,7 @@ export function showQueue(place, first) {
     ["f", "filters", () => { chosen.open = true; drawBar(); bar.querySelector("select")?.focus(); }],
     ["r", "read the queue again", () => load()],
     ["Escape", "", () => { if (place.classList.contains("opened")) location.hash = "#/queue"; }],
-  ].filter(Boolean));
+  ]);
   drawBar();
   move(first);
   load();

@@ -78,13 +78,14 @@ function head(found, { record, labels }) {
 function readout({ record, tokens }, shared) {
   const place = h("p", { class: "readout", role: "status", "aria-live": "polite" });
   const n = record.coverage.prompt_tokens;
+  const several = Object.keys(record.token_scores).length > 1;
   shared.told((at) => {
     const phase = at < n ? "prompt" : "response";
     const piece = at < n ? tokens.prompt?.[at] : tokens.answer?.[at - n];
     const values = Object.entries(record.token_scores).filter(([, scores]) => scores.length).map(([probe, scores]) => {
       const reading = readingOf(record, probe, phase);
       const limit = known(reading.threshold) ? ` of ${figure(reading.threshold)}` : "";
-      return `${probe} ${known(scores[at]) ? figure(scores[at]) : "no score"}${limit}${at === reading.crossed_at ? ", crossed here" : ""}`;
+      return `${several ? `${probe} ` : ""}${known(scores[at]) ? figure(scores[at]) : "no score"}${limit}${at === reading.crossed_at ? ", crossed here" : ""}`;
     });
     place.replaceChildren(`${phase === "prompt" ? "prompt" : "answer"}, token ${at} `, piece === undefined ? "" : h("code", null, word(piece)),
       isCounted(record, at) ? " " : " (does not count) ", values.join(" · "));

@@ -1,14 +1,16 @@
 // The trace: a probe's score at every token, its thresholds, where the answer begins and where it crossed.
 
 import { h, s } from "./dom.js";
-import { readingOf } from "./conversation.js";
+import { isCounted, readingOf } from "./conversation.js";
 import { figure, known } from "./format.js";
 
 const HEIGHT = 190;
 const EDGE = { left: 40, right: 14, top: 16, bottom: 26 };
 
 export function traceChart(record, shared) {
-  const probes = Object.entries(record.token_scores).filter(([, scores]) => scores.length);
+  // Position 0 is a sink with a huge score: what does not count is a gap here, or it would flatten all the rest.
+  const probes = Object.entries(record.token_scores).filter(([, scores]) => scores.length)
+    .map(([name, scores]) => [name, scores.map((score, at) => (isCounted(record, at) ? score : null))]);
   if (!probes.length) return h("section", null, h("h3", null, "Trace"), h("p", { class: "soft" }, "No trace was kept: no probe crossed its threshold or broke."));
   const box = h("div", { class: "trace", tabindex: "0", role: "group", "aria-label": `${summary(record, probes)} Arrow keys go from token to token.` });
   const length = Math.max(...probes.map(([, scores]) => scores.length));
@@ -95,7 +97,8 @@ function path(scores, x, y) {
 function crossings(record, probe, scores, x, y, i) {
   return ["prompt", "response"].map((phase) => readingOf(record, probe, phase)).filter((r) => known(r.crossed_at) && known(scores[r.crossed_at])).map((r) => [
     s("circle", { class: `crossed series${i % 3}`, cx: x(r.crossed_at), cy: y(scores[r.crossed_at]), r: 4.5 }),
-    s("text", { class: "said", x: x(r.crossed_at), y: Math.max(11, y(scores[r.crossed_at]) - 8), "text-anchor": x(r.crossed_at) < 90 ? "start" : "end" }, `crossed at ${r.crossed_at}`)]);
+    s("text", { class: "said", x: x(r.crossed_at) + (r.phase === "prompt" ? -7 : 7), y: Math.max(11, y(scores[r.crossed_at]) - 6),
+      "text-anchor": r.phase === "prompt" ? "end" : "start" }, `crossed at ${r.crossed_at}`)]);
 }
 
 function ticks(low, high) {

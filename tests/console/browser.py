@@ -1,4 +1,4 @@
-"""A real Chromium for tests, driven over its DevTools socket: pages, keys, pictures, what it asked for or refused."""
+"""A real Chromium for tests, driven over its DevTools socket: pages, keys, pictures, and what it asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from websockets.sync.client import connect
 
-from .debian import Unavailable, unpack
+from tests.debian import Unavailable, unpack
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 UNPACKED = Path(sys.prefix) / "chromium"
@@ -90,14 +90,21 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of an expression, awaited. raises: AssertionError with what it throws"""
-        done = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        done = self.send(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+            allowUnsafeEvalBlockedByCSP=False,
+        )
         assert "exceptionDetails" not in done, (script, done["exceptionDetails"])
         return done["result"].get("value")
 
     def until(self, script: str) -> Any:
         """Waits for an expression to be true."""
         deadline = time.monotonic() + _WAIT_S
-        while not (value := self.run(script)):
+        while not (value := self.run(f"Promise.resolve({script}).then((v) => v instanceof Node || v)")):
             assert time.monotonic() < deadline, (script, self.said, self.run("document.body.innerText.slice(0, 2000)"))
             time.sleep(0.02)
         return value
