@@ -40,7 +40,7 @@ class Fitting:
     def fit(self, rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[Fitted | FittedHead, dict[str, Any], Base]:
         """The fit that does best on the held-out rows, the figures of all, and the moments of the rows that made it.
 
-        raises: ValueError if the rows lack a label; ConfigInvalid for `left_out` where no data set can be left out
+        raises: ValueError if the rows lack a label; ConfigInvalid if no data set can be left out, as the recipe asks
         """
         y, weights = np.array([r.label for r in rows]), np.array([r.weight for r in rows])
         together: Rows | None = None
@@ -100,7 +100,6 @@ class Fitting:
         return [(c, c.logits(x_test)) for c in fits], pooled[:, 0], together
 
     def _left_out(self, fitted: Fitted, rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
-        """raises: ConfigInvalid where no data set can be left out, or too few rows speak"""
         try:
             with self._console.status("the same fit without each data set …"):
                 values = refitted(self._recipe, fitted, rows)

@@ -132,8 +132,10 @@ class Recipe(_Part):
         clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
         if self.head is not None and clash:
             raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
-        if self.head is not None and self.left_out:
-            raise ValueError("left_out fits as often as there are data sets, too long for a head; leave it out")
+        if self.left_out and (self.head is not None or self.peaks):
+            raise ValueError(
+                "left_out fits as often as there are data sets, too long for a head or peaks; leave it out"
+            )
         return self
 
     @property
