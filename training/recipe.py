@@ -153,8 +153,6 @@ class Recipe(_Part):
             raise ValueError("peaks are for `solver: logistic` and one projection")
         if self.peaks and self.response.kind not in ("ema", "mean"):
             raise ValueError(f"peaks need a running mean for answers, `ema` or `mean`, not {self.response.kind}")
-        if self.peaks and self.left_out:
-            raise ValueError("left_out fits without peaks, which would be another probe; leave one of the two out")
         return self
 
     @model_validator(mode="before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -76,9 +77,9 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         which = Filter(probe, phase, key=key, since=since, until=until, labelled=done, **chosen)
         page: Page
         if order == "value":
-            page = await asyncio.to_thread(desk.queue, which, limit, _place(after, 2))
+            page = await asyncio.to_thread(desk.queue, which, limit, _place(after))
         else:
-            page = await asyncio.to_thread(desk.nearest, which, limit, around, _place(after, 3))
+            page = await asyncio.to_thread(desk.nearest, which, limit, around, _place(after))
         told = {"entries": page.entries, "next": None if page.next is None else _cursor(page.next)}
         return json_response(told | {"around": page.around})
 
@@ -154,19 +155,19 @@ async def _lines(events: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[
         yield b": quiet\n\n" if event is None else b"data: " + dumped(event) + b"\n\n"
 
 
-def _cursor(place: tuple[float, ...]) -> str:
+def _cursor(place: tuple[float, int]) -> str:
     return json.dumps(place, separators=(",", ":"))
 
 
-def _place(cursor: str | None, length: int) -> Any:
-    """What `_cursor` was given; of its numbers the first is a float, the others whole. raises: ApiError"""
+def _place(cursor: str | None) -> tuple[float, int] | None:
+    """What `_cursor` was given. raises: ApiError"""
     if cursor is None:
         return None
     try:
-        first, *rest = json.loads(cursor)
-        place = (float(first), *(int(number) for number in rest))
+        rank, record = json.loads(cursor)
+        place = float(rank), int(record)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        place = ()
-    if len(place) != length or not all(abs(number) < 2**62 for number in place[1:]):
+        place = math.nan, 0
+    if not (math.isfinite(place[0]) and abs(place[1]) < 2**62):
         raise ApiError(400, "`after` is not a cursor of this queue; take `next` of the page before", param="after")
     return place

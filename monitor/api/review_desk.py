@@ -27,7 +27,7 @@ from monitor.traffic import (
     review_queue,
 )
 from monitor.traffic.labelling import listed, newest_labels, only_choice, request_key, signed
-from monitor.traffic.nearest import Near, nearest_queue, threshold_of
+from monitor.traffic.nearest import nearest_queue, threshold_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Page:
     """entries: as JSON has them; next: behind which place the next page begins, None: there is none"""
 
     entries: list[dict[str, Any]]
-    next: tuple[float, ...] | None
+    next: tuple[float, int] | None
     around: float | None = None
 
 
@@ -64,15 +64,14 @@ class Desk:
         found = review_queue(self.where, which, limit, after)
         return Page(self._shown(found), found[-1].place if len(found) == limit else None)
 
-    def nearest(self, which: Filter, limit: int, around: float | None, after: Near | None) -> Page:
+    def nearest(self, which: Filter, limit: int, around: float | None, after: tuple[float, int] | None) -> Page:
         """around: None is the threshold that the newest records were judged by. raises: ConfigInvalid"""
         if around is None and which.probe is not None and which.phase is not None:
             around = threshold_of(self.where, which.probe, which.phase)
             if around is None:
                 raise ConfigInvalid(f"probe {which.probe!r} has no threshold for {which.phase}; order by value instead")
         found = nearest_queue(self.where, which, around or 0.0, limit, after)
-        places = [place for place, _ in found]
-        return Page(self._shown([entry for _, entry in found]), places[-1] if len(found) == limit else None, around)
+        return Page(self._shown(found), found[-1].place if len(found) == limit else None, around)
 
     def _shown(self, found: list[Entry]) -> list[dict[str, Any]]:
         known = newest_labels(self.where, [entry.place[1] for entry in found]) if found else {}

@@ -19,14 +19,12 @@ from monitor.traffic.tables import readings, records
 _RECENT = 200
 """Records that are looked through for the threshold in use."""
 _ABOVE, _BELOW = 0, 1
-Near = tuple[float, int, int]
-"""A place: distance in logits, above or below, record."""
 
 
 def nearest_queue(
-    where: Where, which: Filter, around: float, limit: int, after: Near | None = None
-) -> list[tuple[Near, Entry]]:
-    """The first `limit` entries behind the place `after`, the nearest to `around` first; each with its place.
+    where: Where, which: Filter, around: float, limit: int, after: tuple[float, int] | None = None
+) -> list[Entry]:
+    """The first `limit` entries behind the place `after`, the nearest to `around` first.
 
     which: of one probe in one phase: values of others can't be compared. A missing score has no distance
     raises: ConfigInvalid if there is no such log, or no probe and phase are named
@@ -35,12 +33,10 @@ def nearest_queue(
         raise ConfigInvalid("distances are from one probe's threshold in one phase: name a probe and a phase")
     with opened(where) as connection:
         narrow = is_narrow(connection, which)
-        parts = []
-        for side in (_ABOVE, _BELOW):
-            for query in _queries(which, around, side, after, narrow):
-                parts.append([(_place(row, around, side), row) for row in connection.execute(query.limit(limit))])
-        found = list(itertools.islice(heapq.merge(*parts, key=lambda pair: _order(pair[0])), limit))
-        return list(zip([place for place, _ in found], entries(connection, [row for _, row in found]), strict=True))
+        queries = [q for side in (_ABOVE, _BELOW) for q in _queries(which, around, side, after, narrow)]
+        parts = [connection.execute(query.limit(limit)).all() for query in queries]
+        found = heapq.merge(*parts, key=lambda row: _order(row, around))
+        return entries(connection, list(itertools.islice(found, limit)))
 
 
 def threshold_of(where: Where, probe: str, phase: str) -> float | None:
@@ -54,7 +50,9 @@ def threshold_of(where: Where, probe: str, phase: str) -> float | None:
     return None
 
 
-def _queries(which: Filter, around: float, side: int, after: Near | None, narrow: bool) -> Iterator[Select[Any]]:
+def _queries(
+    which: Filter, around: float, side: int, after: tuple[float, int] | None, narrow: bool
+) -> Iterator[Select[Any]]:
     rank, record = readings.c.rank, readings.c.record
     if side == _ABOVE:
         own, order = [rank >= around, rank < FIRST], [rank.asc(), record.asc()]
@@ -68,28 +66,24 @@ def _queries(which: Filter, around: float, side: int, after: Near | None, narrow
         yield SELECTED.where(*conditions, *rest).order_by(*order)
 
 
-def _behind(around: float, side: int, after: Near | None) -> list[ColumnElement[bool]]:
+def _behind(around: float, side: int, after: tuple[float, int] | None) -> list[ColumnElement[bool]]:
     if after is None:
         return []
-    distance, at, record = after
-    # An index knows ranks, not distances: the bound is a little loose, so that rounding loses nobody.
-    loose = distance - 1e-9 * (1 + abs(around) + distance)
-    own = func.abs(readings.c.rank - around)
-    farther = own > distance
-    if side == _ABOVE:
-        bound = readings.c.rank >= around + loose
-        tied: ColumnElement[bool] | None = (own == distance) & (readings.c.record > record) if at == _ABOVE else None
-    else:
-        bound = readings.c.rank <= around - loose
-        tied = (own == distance) & (readings.c.record < record) if at == _BELOW else own == distance
-    return [bound, farther if tied is None else farther | tied]
+    last, number = after
+    rank, record = readings.c.rank, readings.c.record
+    distance, at = abs(last - around), _ABOVE if last >= around else _BELOW
+    if side == at == _ABOVE:
+        return [rank >= last, (rank > last) | (record > number)]
+    if side == at == _BELOW:
+        return [rank <= last, (rank < last) | (record < number)]
+    # The other side's place. An index knows ranks, not distances: its bound is a little loose, rounding loses nobody.
+    loose, own = distance - 1e-9 * (1 + abs(around) + distance), func.abs(rank - around)
+    return [rank >= around + loose, own > distance] if side == _ABOVE else [rank <= around - loose, own >= distance]
 
 
-def _place(row: Row[Any], around: float, side: int) -> Near:
-    return abs(row.rank - around), side, row.record
-
-
-def _order(place: Near) -> tuple[float, int, int]:
-    """As both queries are ordered: of equal distance those above first, there the oldest first, below the newest."""
-    distance, side, record = place
-    return distance, side, record if side == _ABOVE else -record
+def _order(row: Row[Any], around: float) -> tuple[float, int, float, int]:
+    """As both queries are ordered. Of equal distance those above come first; ranks that rounding makes equally far
+    stay in their own order."""
+    if row.rank >= around:
+        return row.rank - around, _ABOVE, row.rank, row.record
+    return around - row.rank, _BELOW, -row.rank, -row.record

@@ -62,14 +62,14 @@ export function showQueue(place, first) {
     const load_ = (state.load = new AbortController());
     if (!more) foot.textContent = "…";
     try {
-      const after = more ? state.next : null;
-      const page = await get(withQuery("/admin/queue", { ...asQuery(chosen), after }), load_.signal);
+      const after = more ? { after: state.next, around: state.around } : {};
+      const page = await get(withQuery("/admin/queue", { ...asQuery(chosen), ...after }), load_.signal);
       if (!more) {
         Object.assign(state, { entries: [], at: -1 });
         list.replaceChildren();
       }
       state.entries.push(...page.entries);
-      state.next = page.next;
+      Object.assign(state, { next: page.next, around: page.around });
       list.append(...page.entries.map(row));
       learn(page.entries);
       const n = state.entries.length;
