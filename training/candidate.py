@@ -121,7 +121,7 @@ def make(
     values = everyday @ fitted.weight + fitted.bias
     calibration, thresholds = _calibrated(values.tolist())
     held_out, platt = _held_out(start, layers, x, y, weights)
-    own = Base.of(x.reshape(len(x), len(layers), -1), layers, y)
+    own = Base.of(x.reshape(len(x), len(layers), card.d_model), layers, y)
     # An answer's value is not calibrated: until it is, there is only shadow for it. A moving average is what most have.
     response = card.aggregation["response"] if live.card.projections == 1 else Aggregation("ema")
     return Made(

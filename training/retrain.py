@@ -259,7 +259,7 @@ def _features(reader: Reader, rows: Sequence[Row], card: Card) -> Array:
     for index, turn in reader.streams(rows, card.layers):
         for column, layer in enumerate(card.layers):
             out[index, column] = turn[layer].mean(0).double().numpy()
-    return out.reshape(len(rows), -1)
+    return out.reshape(len(rows), len(card.layers) * card.d_model)
 
 
 def retrain(settings: Settings, asked: Asked, note: Note) -> int:

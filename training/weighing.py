@@ -39,8 +39,8 @@ def weigh(
     """x: (n, p) features; q: (n,) the probability that each was kept with; scaler: of the base or of other traffic
 
     Horvitz and Thompson's weights, clipped, with mean 1 over the rows that count, so that they are worth as much
-    evidence as they are rows. Then no tenant weighs more than `share` of the labels; with fewer than twice the tenants that
-    this takes (of two tenants one always has half), no more than `share` of base and labels together.
+    evidence as they are rows. Then no tenant weighs more than `share` of the labels; with fewer than twice the tenants
+    that this takes (of two, one always has half), no more than `share` of base and labels together.
     """
     group, n_groups = _copies(scaler(x))
     weights, torn = np.zeros(len(y)), 0
