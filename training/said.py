@@ -47,6 +47,7 @@ def read_said(
         np.array([int(one.label is Label.HARMFUL) for one, _ in found], dtype=np.int64),
         np.ones(len(found)),
         tuple(one.key for one, _ in found),
+        np.zeros(len(found), dtype=bool),
     )
     return rows, len(labelled) - len(found)
 
