@@ -70,10 +70,21 @@ def operations(
     tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name)
     slots = Slots(serving.live, serving.stage, put)
     swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
-    shelf = Shelf(swap.store, swap.slug, settings.log, settings.target_fpr / 2)
+    shelf = Shelf(
+        swap.store,
+        swap.slug,
+        settings.log,
+        settings.target_fpr / 2,
+        settings.feature_rate if settings.log_features else 0.0,
+    )
     flush = (lambda: None) if features is None else features.flush
     retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings), flush)
-    probes = ProbeOperations(swap, shelf.describe, retraining)
+
+    def tell() -> None:
+        for name, needed in shelf.needs().items():
+            metrics.calibration_rows_needed.labels(name).set(needed)
+
+    probes = ProbeOperations(swap, shelf.describe, retraining, tell)
     records = functools.partial(find_records, settings.log)
     desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
     return Operations(

@@ -178,6 +178,7 @@ class Server:
         for name, value in (("active_sequences", 3), ("waiting_prompts", 1), ("record_queue_depth", 2)):
             self.metrics.read(name, lambda value=value: value)
         self.metrics.review_backlog.set(4)
+        self.metrics.calibration_rows_needed.labels(PROBE).set(98)
         self.metrics.ready.set(1)
         for _ in range(70):
             self.finish()
