@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from monitor.cli_live import Config, Folder, Json, Model, promote, rollback, shadow, shelf_of
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 
@@ -22,18 +22,9 @@ if TYPE_CHECKING:
 
 # The store brings torch, seconds that `midstream --help` need not wait for: it is imported where it is used.
 app = typer.Typer(no_args_is_help=True, help="The probes in the store. NAME is the live version, NAME@v2 another one.")
-Model = Annotated[str | None, typer.Option(help="Whose probes. Default: the model that comes along.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-Folder = Annotated[Path | None, typer.Option("--store", help="Folder of your own probes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+for _command in (promote, rollback, shadow):
+    app.command()(_command)
 Reference = Annotated[str, typer.Argument(help="NAME, or NAME@VERSION.")]
-
-
-def _shelf(model: str | None, config: Path | None, store: Path | None) -> tuple[Store, str]:
-    from probes_store.store import Store, model_slug
-
-    settings = load_settings(config, model=model, store=store)
-    return Store(settings.store), model_slug(settings.model)
 
 
 def _find(shelf: Store, model: str, reference: str) -> StoredProbe:
@@ -49,7 +40,7 @@ def _find(shelf: Store, model: str, reference: str) -> StoredProbe:
 @app.command("list")
 def list_probes(model: Model = None, config: Config = None, store: Folder = None, as_json: Json = False) -> None:
     """List the probes in the store for a model."""
-    shelf, slug = _shelf(model, config, store)
+    shelf, slug = shelf_of(model, config, store)
     live = shelf.live(slug)
     if not live:
         raise ConfigInvalid(f"there is no probe for model {slug!r}; train one: midstream train with the same --model")
@@ -94,7 +85,7 @@ def show(
     from probes_store.describe import certified, describe, figures
     from probes_store.model_card import identity, model_card
 
-    shelf, slug = _shelf(model, config, store)
+    shelf, slug = shelf_of(model, config, store)
     stored = _find(shelf, slug, reference)
     card = stored.card
     live = shelf.live(slug)[card.name] == card.version
@@ -137,7 +128,7 @@ def diff(
     """Compare two versions: fields, data, figures, thresholds, and the angle between their weights."""
     from probes_store.describe import compare
 
-    shelf, slug = _shelf(model, config, store)
+    shelf, slug = shelf_of(model, config, store)
     found = compare(_find(shelf, slug, a), _find(shelf, slug, b))
     if as_json:
         print(json.dumps(found))
@@ -172,48 +163,6 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]])
 
 
 @app.command()
-def promote(
-    name: Annotated[str, typer.Argument(help="The probe.")],
-    version: Annotated[str, typer.Argument(help="Like v2.")],
-    other_model: Annotated[
-        bool, typer.Option("--other-model", help="The model was changed: don't compare with the live version's.")
-    ] = False,
-    model: Model = None,
-    config: Config = None,
-    store: Folder = None,
-    as_json: Json = False,
-) -> None:
-    """Make a version live, from the next start of a server on. The one before is kept for rollback."""
-    from probes_store import promote as promoting
-
-    shelf, slug = _shelf(model, config, store)
-    _chosen(promoting.promote(shelf, slug, name, version, other_model), as_json)
-
-
-@app.command()
-def rollback(
-    name: Annotated[str, typer.Argument(help="The probe.")],
-    model: Model = None,
-    config: Config = None,
-    store: Folder = None,
-    as_json: Json = False,
-) -> None:
-    """Go back to the version that was live before the last promotion."""
-    from probes_store import promote as promoting
-
-    shelf, slug = _shelf(model, config, store)
-    _chosen(promoting.rollback(shelf, slug, name), as_json)
-
-
-def _chosen(choice: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(asdict(choice)))
-        return
-    back = f"; {choice.previous} is kept: midstream probe rollback {choice.probe}" if choice.previous else ""
-    print(f"{choice.probe} {choice.live} is live from the next start of a server on{back}")
-
-
-@app.command()
 def export(
     reference: Reference,
     onnx: Annotated[Path, typer.Option(help="The file to write.")],
@@ -224,7 +173,7 @@ def export(
     """Write a probe as an ONNX graph, checked against torch."""
     from probes_store.export import export as write
 
-    shelf, slug = _shelf(model, config, store)
+    shelf, slug = shelf_of(model, config, store)
     stored = _find(shelf, slug, reference)
     off = write(stored, onnx)
     print(f"{stored.card.name} {stored.card.version} -> {onnx}; onnxruntime and torch differ by {off:.1g} at most")
@@ -242,7 +191,7 @@ def push(
     """Upload a probe and its model card to a Hugging Face repository, in one commit."""
     from probes_store import hub
 
-    shelf, slug = _shelf(model, config, store)
+    shelf, slug = shelf_of(model, config, store)
     commit = hub.push(_find(shelf, slug, reference), repository, public)
     print(f"pushed; to have it elsewhere: midstream probe pull {repository}@{commit}")
 

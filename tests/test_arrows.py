@@ -97,7 +97,8 @@ MAY = {
     },
     "monitor.cli": {"monitor", "training", "probes_store"},
     "monitor.cli_keys": WORDS | {"monitor.config", "monitor.keys"},
-    "monitor.cli_probe": WORDS | {"monitor.config", "probes_store"},
+    "monitor.cli_live": WORDS | {"monitor.audit", "monitor.config", "probes_store"},
+    "monitor.cli_probe": WORDS | {"monitor.cli_live", "monitor.config", "probes_store"},
     "monitor.cli_lint": WORDS | {"training"},
     "monitor.cli_lens": WORDS
     | {

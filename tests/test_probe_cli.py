@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from monitor.audit import Audit
 from monitor.cli import main
 from monitor.errors import ConfigInvalid
 from probes_store.card import DataFile, ModelId, Threshold
@@ -386,3 +387,20 @@ def test_help_brings_no_torch():
         "import sys, monitor.cli_probe, monitor.cli_lint; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_a_version_in_shadow_and_the_audit_rows_of_the_command(run, store, tmp_path):
+    told(run("probe", "promote", "demo", "v1"))
+    assert json.loads(told(run("probe", "shadow", "demo", "v2", "--json")))["candidate"] == "v2"
+    assert store.live(MODEL) == {"demo": "v1"} and store.candidates(MODEL) == {"demo": "v2"}
+    refused(run("probe", "shadow", "demo", "v1"), "is live")
+    refused(run("probe", "shadow", "demo"), "--none")
+    told(run("probe", "shadow", "demo", "--none"))
+    assert store.candidates(MODEL) == {}
+    audit = Audit(tmp_path / "state" / "midstream" / "audit.sqlite3")
+    rows = [(r["actor"], r["path"], r["result"]) for r in audit.latest(10)[::-1]]
+    audit.close()
+    assert [r[:2] for r in rows] == [
+        ("cli", f"{what}") for what in ("promote demo v1", "shadow demo v2", "shadow demo v1", "shadow demo none")
+    ]
+    assert [r[2].split(":")[0] for r in rows] == ["done", "done", "refused", "done"]

@@ -336,7 +336,9 @@ def test_a_training_is_a_process_with_bounded_output_that_ends_with_the_server(t
     )
 
     async def run():
-        training = Retraining(lambda name: newest[0], {}, lambda name: [sys.executable, "-c", script, name])
+        training = Retraining(
+            lambda name: newest[0], {}, lambda: None, lambda name: [sys.executable, "-c", script, name]
+        )
         assert training.describe()["state"] == "idle"
         assert (await training.start("hair"))["state"] == "running" and await training.start("hair") is None
         newest[0] = "v2"

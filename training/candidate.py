@@ -27,6 +27,8 @@ STRENGTH = 1.0
 """What a row of the base is worth against a labelled row of traffic."""
 _NO_BASE_ROWS = 1000.0
 _FOLDS, _EACH = 5, 10
+_EVERYDAY = "a uniform sample of traffic without what people called harmful, newest turns; if some was, it is too high"
+_CALLED = "requests of a uniform sample of traffic that people called harmless, newest turns, by fits without them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +104,17 @@ def make(
     x: Array,
     y: npt.NDArray[np.int64],
     weights: Array,
+    sampled: npt.NDArray[np.bool_],
     everyday: Array,
     target: float,
 ) -> Made:
-    """x: (n, n_layers * d) labelled features; y, weights: (n,), weight 0 leaves a row out
+    """x: (n, n_layers * d) labelled features; y, weights: (n,), weight 0 leaves a row out; sampled: (n,) whether a row
+    is of the uniform slice
 
     target: false-positive rate of prompts. raises: ConfigInvalid if a label is missing
     """
     kept = weights > 0
-    x, y, weights = x[kept], y[kept], weights[kept]
+    x, y, weights, sampled = x[kept], y[kept], weights[kept], sampled[kept]
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not (y == label).any():
             raise ConfigInvalid(f"no labelled request that counts is {word}; label some: midstream review")
@@ -118,10 +122,14 @@ def make(
     fitted = _fit(start, layers, x, y, weights)
     by_layer = fitted.weight.reshape(len(layers), card.d_model)
     parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(layers, by_layer, strict=True)}
-    values = everyday @ fitted.weight + fitted.bias
-    calibration, thresholds = _calibrated(values.tolist())
-    held_out, platt = _held_out(start, layers, x, y, weights)
-    own = Base.of(x.reshape(len(x), len(layers), -1), layers, y)
+    unseen, held_out, platt = _held_out(start, layers, x, y, weights)
+    # What people called harmless is cleaner than what nobody looked at, where there is enough of it for the rate.
+    called = unseen[(y == 0) & sampled]
+    values, source = everyday @ fitted.weight + fitted.bias, _EVERYDAY
+    if len(called) >= rows_needed(target) and np.isfinite(called).all():
+        values, source = called, _CALLED
+    calibration, thresholds = _calibrated(values.tolist(), source)
+    own = Base.of(x.reshape(len(x), len(layers), card.d_model), layers, y)
     # An answer's value is not calibrated: until it is, there is only shadow for it. A moving average is what most have.
     response = card.aggregation["response"] if live.card.projections == 1 else Aggregation("ema")
     return Made(
@@ -144,10 +152,11 @@ def _fit(start: Start, layers: Sequence[int], x: Array, y: npt.NDArray[np.int64]
     return fit_posterior(x, y, balanced(y, weights), (start.weight, start.bias), precision)
 
 
-def _calibrated(values: Sequence[float]) -> tuple[dict[Any, dict[Any, Calibration]], tuple[Threshold, ...]]:
+def _calibrated(
+    values: Sequence[float], source: str
+) -> tuple[dict[Any, dict[Any, Calibration]], tuple[Threshold, ...]]:
     if len(values) < MIN_ROWS:
         return {}, ()
-    source = "a uniform sample of traffic without what people called harmful, newest turns; if some was, it is high"
     calibration = Calibration.fit(values, source)
     table = [
         Threshold(format="chat", phase="prompt", target_fpr=rate, threshold=calibration.threshold(rate))
@@ -159,10 +168,10 @@ def _calibrated(values: Sequence[float]) -> tuple[dict[Any, dict[Any, Calibratio
 
 def _held_out(
     start: Start, layers: Sequence[int], x: Array, y: npt.NDArray[np.int64], weights: Array
-) -> tuple[dict[str, Any], Platt | None]:
-    """By five fits, each without a fifth of the labelled rows; nothing with too few of a label."""
+) -> tuple[Array, dict[str, Any], Platt | None]:
+    """The value of each row by one of five fits, each without a fifth of them; NaN with too few of a label."""
     if min((y == 0).sum(), (y == 1).sum()) < _EACH:
-        return {}, None
+        return np.full(len(y), np.nan), {}, None
     random, fold = np.random.default_rng(0), np.zeros(len(y), dtype=np.int64)
     for label in (0, 1):
         mine = np.flatnonzero(y == label)
@@ -178,4 +187,4 @@ def _held_out(
     }
     slope, intercept = fit_platt(values, y)
     platt = Platt(slope=slope, intercept=intercept, n=len(y), positive=int(y.sum())) if slope > 0 else None
-    return figures, platt
+    return values, figures, platt

@@ -108,13 +108,14 @@ class Retrainer:
         weights = weighed.weights.copy()
         dropped = leaked(rows.x, _features(reader, frozen, live.card), start.scaler)
         weights[dropped] = 0.0
-        x, y, files = rows.x, rows.y, []
+        x, y, sampled, files = rows.x, rows.y, rows.sampled, []
         for file in self.asked.data:
             more, described = self._data(file, frozen)
             files.append(described)
             x = np.concatenate([x, _features(reader, more, live.card)])
             y = np.concatenate([y, np.array([r.label for r in more], dtype=np.int64)])
             weights = np.concatenate([weights, np.ones(len(more))])
+            sampled = np.concatenate([sampled, np.zeros(len(more), dtype=bool)])
         counts = {
             "labels": len(rows.y),
             "harmful": int(rows.y.sum()),
@@ -133,7 +134,7 @@ class Retrainer:
         self._say(", ".join(f"{name} {value}" for name, value in counts.items() if name != "capped"))
         if weighed.capped:
             self._say(f"held to their share: {', '.join(name or '(no key)' for name in weighed.capped)}")
-        return make(live, start, x, y, weights, traffic.everyday, self.asked.target), counts, files
+        return make(live, start, x, y, weights, sampled, traffic.everyday, self.asked.target), counts, files
 
     def _weighed(self, rows: Rows, start: Start) -> Weighed:
         share = self.settings.retrain_tenant_share
@@ -250,6 +251,7 @@ def _joined(one: Rows, other: Rows) -> Rows:
         np.concatenate([one.y, other.y]),
         np.concatenate([one.q, other.q]),
         one.tenants + other.tenants,
+        np.concatenate([one.sampled, other.sampled]),
     )
 
 
@@ -259,7 +261,7 @@ def _features(reader: Reader, rows: Sequence[Row], card: Card) -> Array:
     for index, turn in reader.streams(rows, card.layers):
         for column, layer in enumerate(card.layers):
             out[index, column] = turn[layer].mean(0).double().numpy()
-    return out.reshape(len(rows), -1)
+    return out.reshape(len(rows), len(card.layers) * card.d_model)
 
 
 def retrain(settings: Settings, asked: Asked, note: Note) -> int:

@@ -43,10 +43,11 @@ def read_said(
                     x[index, column] = streams[layer][turn.start : turn.end].mean(0).double().numpy()
     rows = Rows(
         tuple((one.request_id, one.choice) for one, _ in found),
-        x.reshape(len(found), -1),
+        x.reshape(len(found), len(card.layers) * card.d_model),
         np.array([int(one.label is Label.HARMFUL) for one, _ in found], dtype=np.int64),
         np.ones(len(found)),
         tuple(one.key for one, _ in found),
+        np.zeros(len(found), dtype=bool),
     )
     return rows, len(labelled) - len(found)
 

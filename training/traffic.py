@@ -7,7 +7,9 @@ kept and the key is given, those of labelled requests without features are read 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from monitor.types import Phase
 from probes_store.card import Card
 from training.fit import Array
 
+YOUNG_S = 900.0
+"""How long a finished request's features may take to be written: they are read and written in turn."""
 Id = tuple[str, int]
 """Request and choice."""
 
@@ -30,13 +34,14 @@ Id = tuple[str, int]
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Labelled requests. x: (n, n_layers * d_model); y: (n,) 1 harmful, 0 harmless; q: (n,) the probability that each
-    was kept with; tenants: names of API keys"""
+    was kept with; tenants: names of API keys; sampled: (n,) whether it is of the uniform slice"""
 
     ids: tuple[Id, ...]
     x: Array
     y: npt.NDArray[np.int64]
     q: Array
     tenants: tuple[str, ...]
+    sampled: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +57,44 @@ class Traffic:
     strange: int
 
 
-def read_traffic(log: Where, features: Path, card: Card, since: float) -> Traffic:
-    """What has come since a time. raises: ConfigInvalid if there is no log, no features, or no label since then"""
+def read_traffic(
+    log: Where, features: Path, card: Card, since: float, clock: Callable[[], float] = time.time
+) -> Traffic:
+    """What has come since a time. A label whose request may still be on its way into the features waits for the next
+    time, with all that came after it: so none is lost, and none counts twice.
+
+    clock: seconds since the epoch
+    raises: ConfigInvalid if there is no log, no features, or no label since then
+    """
     labels = labelled_since(log, since)
     if not labels:
         raise ConfigInvalid("nothing was labelled since the newest version; label some requests: midstream review")
     prompts, strange = _of_model(read_features(features, layers=card.layers), card)
+    kept, young = {(f.request_id, f.choice) for f in prompts}, clock() - YOUNG_S
+    waiting = [one.labelled for one in labels if one.created > young and (one.request_id, one.choice) not in kept]
+    labels = [one for one in labels if one.labelled < min(waiting, default=math.inf)]
+    if not labels:
+        raise ConfigInvalid(
+            f"the features of what was labelled are not written yet; try again in {YOUNG_S / 60:.0f} minutes, or set "
+            "MIDSTREAM_LOG_FEATURES for the server"
+        )
     # The same request may be told of twice, read again after a restart; what is newest counts.
     by_id = {(f.request_id, f.choice): f for f in prompts}
     found = [(one, by_id[one.request_id, one.choice]) for one in labels if (one.request_id, one.choice) in by_id]
+    whole = uniform(list(by_id.values()))
+    slice_ids = {(f.request_id, f.choice) for f in whole}
     rows = Rows(
         tuple((one.request_id, one.choice) for one, _ in found),
         stacked([f for _, f in found], card),
         np.array([int(one.label is Label.HARMFUL) for one, _ in found], dtype=np.int64),
         np.array([f.q for _, f in found]),
         tuple(one.key for one, _ in found),
+        np.array([(f.request_id, f.choice) in slice_ids for _, f in found], dtype=bool),
     )
     known = {(one.request_id, one.choice) for one, _ in found}
     unread = tuple(one for one in labels if (one.request_id, one.choice) not in known)
     harmful = {(one.request_id, one.choice) for one in labelled_since(log, 0.0) if one.label is Label.HARMFUL}
-    everyday = [f for f in uniform(list(by_id.values())) if (f.request_id, f.choice) not in harmful]
+    everyday = [f for f in whole if (f.request_id, f.choice) not in harmful]
     recent = [f for f in everyday if f.created >= since]
     return Traffic(rows, stacked(recent, card), max(one.labelled for one in labels), unread, strange)
 

@@ -40,7 +40,7 @@ def weigh(
 
     Horvitz and Thompson's weights, clipped, with mean 1 over the rows that count, so that they are worth as much
     evidence as they are rows. Then no tenant weighs more than `share` of the labels; with fewer than twice the tenants
-    that this takes (of two tenants one always has half), no more than `share` of base and labels together.
+    that this takes (of two, one always has half), no more than `share` of base and labels together.
     """
     group, n_groups = _copies(scaler(x))
     weights, torn = np.zeros(len(y)), 0

@@ -122,6 +122,7 @@ OPERATION = (
         "Kept records of flags and blocks that nobody has labelled.",
         COUNT,
         ("max(midstream_review_backlog)", "to review"),
+        ("max by (probe) (midstream_calibration_rows_needed)", "{{probe}}: rows for a new threshold"),
     ),
     lines(
         "Notices",

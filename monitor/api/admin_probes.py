@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -15,6 +16,7 @@ from monitor.api.errors import ApiError
 from monitor.errors import MidstreamError, Overloaded
 from probes_store.promote import Choice
 
+TELL_S = 30.0
 Name = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^v[0-9]{1,6}$")]
 
@@ -43,11 +45,19 @@ class Retrainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProbeOperations:
-    """shelf: what the store holds, as the route tells it (reads files)"""
+    """shelf: what the store holds, as the route tells it; tell: to the metrics, now and then (both read files)"""
 
     changes: Changes
     shelf: Callable[[], Mapping[str, Any]]
     retrain: Retrainer
+    tell: Callable[[], None] = lambda: None
+
+    async def keep_telling(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            with contextlib.suppress(MidstreamError):  # a damaged live.json is told of where it is followed
+                await asyncio.to_thread(self.tell)
+            await asyncio.sleep(TELL_S)
 
 
 class PromoteRequest(BaseModel):

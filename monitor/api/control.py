@@ -25,6 +25,7 @@ from monitor.metrics.shift import Normal
 from monitor.offenders import Offenders
 from monitor.policy.keeper import PolicyKeeper
 from monitor.traffic import find_records
+from monitor.traffic.features import FeatureLog
 from monitor.types import Phase, Scorer
 from probes_store.base import load_base
 
@@ -54,8 +55,9 @@ def operations(
     erase: Eraser | None = None,
     say: Callable[[str], None] = print,
     feed: Feed | None = None,
+    features: FeatureLog | None = None,
 ) -> Operations:
-    """feed: of the records, for the console; None: there is none"""
+    """feed: of the records, for the console; None: there is none; features: likewise, for retraining"""
     for result in ("loaded", "refused"):  # rates start at 0
         metrics.policy_reloads.labels(result)
         metrics.probe_reload.labels(result)
@@ -68,9 +70,21 @@ def operations(
     tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name)
     slots = Slots(serving.live, serving.stage, put)
     swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
-    shelf = Shelf(swap.store, swap.slug, settings.log, settings.target_fpr / 2)
-    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings))
-    probes = ProbeOperations(swap, shelf.describe, retraining)
+    shelf = Shelf(
+        swap.store,
+        swap.slug,
+        settings.log,
+        settings.target_fpr / 2,
+        settings.feature_rate if settings.log_features else 0.0,
+    )
+    flush = (lambda: None) if features is None else features.flush
+    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings), flush)
+
+    def tell() -> None:
+        for name, needed in shelf.needs().items():
+            metrics.calibration_rows_needed.labels(name).set(needed)
+
+    probes = ProbeOperations(swap, shelf.describe, retraining, tell)
     records = functools.partial(find_records, settings.log)
     desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
     return Operations(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from monitor.config import PREFIX, Settings
+from monitor.errors import MidstreamError
 
 LINES, MAX_LINE = 50, 500
 """Newest lines that are kept, and characters of each."""
@@ -60,7 +61,8 @@ def command(probe: str) -> list[str]:
 class Retraining:
     """One training at a time. Lives in one event loop.
 
-    newest: the newest version of a probe in the store; environment: of the process, command: for a probe's name
+    newest: the newest version of a probe in the store; environment: of the process; before: what must be done first,
+    off the loop (raises: MidstreamError); command: for a probe's name
     clock: seconds since the epoch
     """
 
@@ -68,10 +70,12 @@ class Retraining:
         self,
         newest: Callable[[str], str | None],
         environment: Mapping[str, str],
+        before: Callable[[], None] = lambda: None,
         command: Callable[[str], Sequence[str]] = command,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._newest, self._environment, self._command, self._clock = newest, environment, command, clock
+        self._first = before
         self._before: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -92,6 +96,7 @@ class Retraining:
         self._lines.clear()
         self._before = self._newest(probe)
         try:
+            await asyncio.to_thread(self._first)
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(probe),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -100,8 +105,8 @@ class Retraining:
                 env=self._environment,
                 start_new_session=True,
             )
-        except OSError as error:
-            self._lines.append(f"it could not be started: {error.strerror}")
+        except (OSError, MidstreamError) as error:
+            self._lines.append(f"it could not be started: {error}")
             self._finish(None)
             return self.describe()
         self._reading = asyncio.create_task(self._read(self._process))

@@ -61,6 +61,7 @@ async def controlled(
         stack.enter_context(reload_at_hangup(operations, say))
         if operations.probes is not None:
             await stack.enter_async_context(beside(operations.probes.changes.follow()))
+            await stack.enter_async_context(beside(operations.probes.keep_telling()))
             stack.push_async_callback(operations.probes.retrain.end)
         if settings.admin_key is None or listener is None:
             yield

@@ -188,6 +188,7 @@ class Door:
             erase,
             say=say,
             feed=sinks.feed,
+            features=sinks.features,
         )
 
         def counted(outcome: str) -> None:

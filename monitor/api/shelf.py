@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from monitor.errors import MidstreamError
 from monitor.traffic import Where
-from monitor.traffic.labelled import Labelled, labelled_since
+from monitor.traffic.labelled import Labelled, count_since, labelled_since
 from probes_store.calibration import rows_needed
 from probes_store.store import PREVIOUS, Store, StoredProbe
-
-Rows = Callable[[float], int]
-"""Rows since a time (seconds since the epoch) that a threshold could be certified on."""
 
 
 class Shelf:
     """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
 
-    rows: what of the traffic can calibrate, None: nothing is kept for it
+    rate: of requests whose features are kept, whatever they are; 0: of none
     """
 
-    def __init__(self, store: Store, slug: str, log: Where, target_fpr: float, rows: Rows | None = None) -> None:
-        self._store, self._slug, self._log, self._target, self._rows = store, slug, log, target_fpr, rows
+    def __init__(self, store: Store, slug: str, log: Where, target_fpr: float, rate: float) -> None:
+        self._store, self._slug, self._log, self._target, self._rate = store, slug, log, target_fpr, rate
 
     def describe(self) -> dict[str, Any]:
         """Reads files and the log. raises: ConfigInvalid if live.json is damaged"""
@@ -55,9 +53,16 @@ class Shelf:
         return 0.0
 
     def needed(self, since: float) -> int:
-        """Rows of traffic that a threshold at the target rate still lacks."""
-        have = 0 if self._rows is None else self._rows(since)
+        """Rows of the uniform slice that a threshold at the target rate still lacks, or people's labels of them."""
+        try:
+            have = math.floor(self._rate * count_since(self._log, since)) if self._rate else 0
+        except MidstreamError:  # no log yet
+            have = 0
         return max(0, rows_needed(self._target) - have)
+
+    def needs(self) -> dict[str, int]:
+        """`needed`, by probe of harm. raises: ConfigInvalid if live.json is damaged"""
+        return {name: self.needed(self.since(name)) for name in self._store.live(self._slug)}
 
     def _labels(self, since: float) -> Sequence[Labelled]:
         try:

@@ -129,6 +129,13 @@ TABLE = (
     Metric("gauge", "feature_queue_depth", "Kept sequences that wait to be read again for their features."),
     Metric("counter", "features_kept", "Sequences whose features were written, by why they were kept.", ("reason",)),
     Metric("counter", "features_dropped", "Kept sequences whose features were lost.", ("cause",)),
+    Metric(
+        "gauge",
+        "calibration_rows_needed",
+        "Rows of everyday traffic, or labels of them, that a retrained threshold at the target rate still lacks.",
+        ("probe",),
+        merge="livemostrecent",
+    ),
     Metric("counter", "notice_lines", "Flags and blocks written to stdout.", ("result",)),
     Metric("counter", "webhook", "Notices to the webhook.", ("result",)),
     Metric("counter", "policy_reloads", "Policy files read again.", ("result",)),

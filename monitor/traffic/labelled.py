@@ -23,6 +23,13 @@ class Labelled(NamedTuple):
     labelled: float
 
 
+def count_since(where: Where, since: float) -> int:
+    """Records of requests since a time. raises: ConfigInvalid if there is no such log"""
+    query = select(func.count()).select_from(records).where(records.c.created >= since)
+    with opened(where) as connection:
+        return int(connection.scalar(query) or 0)
+
+
 def labelled_since(where: Where, since: float) -> list[Labelled]:
     """Records whose newest label came after `since` and says harmful or harmless, oldest label first.
 

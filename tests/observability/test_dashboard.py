@@ -186,6 +186,7 @@ class Server:
             self.metrics.read(name, lambda value=value: value)
         self.metrics.review_backlog.set(4)
         self.metrics.drift_mahalanobis_ratio.labels(PROBE, Phase.PROMPT).set(1.2)
+        self.metrics.calibration_rows_needed.labels(PROBE).set(98)
         self.metrics.ready.set(1)
         for _ in range(70):
             self.finish()

@@ -73,6 +73,10 @@ class FeatureLog:
                 self._reading.erased = True
         return self._writer.erase(erasure)
 
+    def flush(self) -> None:
+        """What has been read lies in a file when it returns. raises: ConfigInvalid"""
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what was read; what still waits to be read is dropped, and counted."""
         with self._lock:

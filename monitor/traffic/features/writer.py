@@ -88,6 +88,13 @@ class Erasure:
         return record.request_id == self.request_id or record.request_id.startswith(f"{self.request_id}-")
 
 
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """What was put before is to lie in a file now."""
+
+    done: Future[None] = field(default_factory=Future)
+
+
 class FeatureWriter:
     """`put` what was read, `close` writes what is left.
 
@@ -113,7 +120,7 @@ class FeatureWriter:
             raise ConfigInvalid(f"features {str(folder)!r}: {error.strerror}; set MIDSTREAM_FEATURES") from error
         self._folder, self._origin, self._events = folder, origin, events
         self._days, self._flush_s, self._clock = days, flush_s, clock
-        self._queue: queue.Queue[Sequel | Erasure | None] = queue.Queue(queue_size)
+        self._queue: queue.Queue[Sequel | Erasure | Flush | None] = queue.Queue(queue_size)
         self._rows: list[Sequel] = []
         self._flush_at = self._sweep_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="midstream-features", daemon=True)
@@ -138,6 +145,15 @@ class FeatureWriter:
         except OSError as error:
             raise ConfigInvalid(f"features can't be erased from {self._folder}: {error.strerror}; try again") from error
 
+    def flush(self) -> None:
+        """Write what was put before. raises: ConfigInvalid if the writer is too busy"""
+        flush = Flush()
+        try:
+            self._queue.put(flush, timeout=_WAIT_S)
+            flush.done.result(_WAIT_S)
+        except (queue.Full, TimeoutError):
+            raise ConfigInvalid("the feature log is busy; try again later") from None
+
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
@@ -151,13 +167,16 @@ class FeatureWriter:
                 self._add(item)
             elif isinstance(item, Erasure):
                 self._erase(item)
-            if self._rows and (item is None or len(self._rows) >= _FLUSH_ROWS or time.monotonic() >= self._flush_at):
+            full = item is None or isinstance(item, Flush) or len(self._rows) >= _FLUSH_ROWS
+            if self._rows and (full or time.monotonic() >= self._flush_at):
                 self._flush()
+            if isinstance(item, Flush):
+                item.done.set_result(None)
             if item is None:
                 return
             self._sweep()
 
-    def _take(self) -> Sequel | Erasure | Literal["nothing"] | None:
+    def _take(self) -> Sequel | Erasure | Flush | Literal["nothing"] | None:
         until = [self._flush_at] * bool(self._rows) + [self._sweep_at] * (self._days is not None)
         try:
             return self._queue.get(timeout=max(0.001, min(until) - time.monotonic()) if until else None)
