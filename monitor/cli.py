@@ -24,6 +24,7 @@ from monitor import (
     cli_observer,
     cli_policy,
     cli_probe,
+    cli_retrain,
     cli_review,
     cli_select,
     cli_top,
@@ -50,8 +51,9 @@ app.command("evaluate")(cli_evaluate.evaluate)
 app.command("gate")(cli_gate.gate)
 app.command("lens")(cli_lens.lens)
 app.add_typer(cli_lens.experiment, name="experiment")
-app.command("harvest")(cli_harvest.harvest)
+app.command("harvest", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cli_harvest.harvest)
 app.add_typer(cli_log.app, name="log")
+app.command("retrain")(cli_retrain.retrain)
 app.command("review")(cli_review.review)
 app.command("select")(cli_select.select)
 app.command("top")(cli_top.top)
@@ -133,7 +135,7 @@ def check(
     )
     if settings.engine != "vllm":
         raise ConfigInvalid(f"--engine {engine!r}: only vllm has something to check; the embedded one does it at start")
-    _need_vllm()
+    cli_harvest.need_vllm()
     from monitor.engines.vllm.check import check as run
 
     raise typer.Exit(run(settings, context.args))
@@ -144,7 +146,7 @@ def _run_server(settings: Settings, extra: list[str]) -> int:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again: imports take seconds
     if settings.engine == "vllm":
-        _need_vllm()
+        cli_harvest.need_vllm()
         logs.start(settings)  # before vLLM is imported, which sets its own up
         from monitor.api.vllm.serve import serve as serve_vllm
 
@@ -160,10 +162,6 @@ def _run_server(settings: Settings, extra: list[str]) -> int:
     from monitor.api.serve import serve as serve_embedded
 
     return serve_embedded(settings)
-
-
-def _need_vllm() -> None:
-    _need("vllm", "vLLM is not installed; pip install midstream[vllm], or `make setup-vllm` for the CPU")
 
 
 def _need(package: str, remedy: str) -> None:

@@ -53,7 +53,7 @@ def erase_some(
 ) -> None:
     """Erase records with their readings, labels, texts and features: the bytes in the files too. There is no way back.
 
-    While a server with log_features runs, use its POST /admin/erase: it also knows what is not in a file yet.
+    A server may be running: what it has not written yet finds no record any more, and is dropped.
     """
     if [key is not None, request_id is not None, texts].count(True) != 1:
         raise ConfigInvalid("erase what? Give one of --key NAME, --id REQUEST_ID or --texts")
@@ -61,9 +61,9 @@ def erase_some(
     number = None if request_id is None else _plain(request_id)
     act = erase_texts if texts else functools.partial(erase, key=key, request_id=number)
     n = erased_from(settings.log, act)
-    rows = 0 if texts else erase_features(settings.features, key, number)
     what = "every text" if texts else f"key {key!r}" if key is not None else f"request {number!r}"
     _note(settings, what, n)
+    rows = 0 if texts else erase_features(settings.features, key, number)  # after their records
     _say(f"erased {n} {'texts' if texts else 'records'}" + (f" and {rows} features" if rows else ""))
 
 

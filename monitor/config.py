@@ -146,6 +146,10 @@ class Settings(BaseSettings):
     """Added to `feature_rate` there."""
     feature_queue: int = Field(256, ge=1)
     """Sequences that wait to be read again; one more is dropped and counted."""
+    retrain_tenant_share: float = Field(0.1, gt=0, le=1)
+    """Of the weight of all labels: what one API key's requests may have at most when a probe is retrained."""
+    retrain_frozen: tuple[str, ...] = ()
+    """Files of labelled rows that a retrained probe is judged on, never fitted."""
     webhook_url: str | None = Field(None, pattern=r"^https?://")
     webhook_queue: int = Field(1_000, ge=1)
     webhook_attempts: int = Field(4, ge=1)

@@ -7,7 +7,7 @@ first token, when the engine has time. Nothing of it is sampled, judged, recorde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,13 @@ Pooled = npt.NDArray[np.float32]
 
 Offer = Callable[[Record, Prompt, Sequence[int]], None]
 """Told of every finished sequence by the engine, which must not wait: its record, prompt, and all of its token ids."""
+
+
+Averager = Callable[
+    [Sequence[tuple[Sequence[int], Sequence[Turn]]], Sequence[int], Callable[[int], None]], Iterator[tuple[int, Pooled]]
+]
+"""Reads many sequences for training: (token ids, spans) of each, the layers, told how many are done since -> the index
+of each and its means, in any order."""
 
 
 class Rereader(Protocol):

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ class StoredProbe:
     """A verified probe. weight: per layer (d_model,) float32, finite, or (k, d_model) of k projections, and k biases
 
     shipped: it lies in the wheel's store; candidate: it is served on trial, beside the live version
+    heir: it went on from a version of a shipped probe, so it stands where that stood
     """
 
     card: Card
@@ -50,6 +51,7 @@ class StoredProbe:
     shipped: bool
     path: Path
     candidate: bool = False
+    heir: bool = False
 
     @property
     def name(self) -> str:
@@ -138,6 +140,8 @@ class Store:
         stored = read_folder(folder, shipped=folder.is_relative_to(self.shipped))
         if (stored.card.name, stored.card.version) != (probe, version):
             raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
+        if not stored.shipped and stored.card.retrained and (self.shipped / model / probe).is_dir():
+            return replace(stored, heir=True)
         return stored
 
     def publish(

@@ -63,7 +63,8 @@ MAY = {
         "monitor.live",
         "monitor.engines",
     },
-    "monitor.engines.vllm.launch": PURE | {"monitor.config", "monitor.live", "monitor.engines", "probes_store"},
+    "monitor.engines.vllm.launch": PURE
+    | {"monitor.config", "monitor.live", "monitor.reread", "monitor.engines", "probes_store"},
     "monitor.api": PURE
     | {
         "monitor",
@@ -122,15 +123,21 @@ MAY = {
     "monitor.cli_train": {"monitor.config", "training"},
     "monitor.cli_gate": {"monitor.config", "training"},
     "monitor.cli_evaluate": {"monitor.config", "training"},
+    "monitor.cli_retrain": WORDS | {"monitor.audit", "monitor.config", "training"},
     "monitor.cli_log": WORDS | {"monitor.audit", "monitor.config", "monitor.traffic"},
-    "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines.embedded", "training"},
+    "monitor.cli_harvest": WORDS | {"monitor.config", "monitor.engines", "monitor.reread", "training"},
     "monitor.cli_select": {"monitor.config", "monitor.cli_harvest", "training"},
     "monitor.cli_review": WORDS | {"monitor.config", "monitor.traffic"},
     "monitor.cli_top": WORDS | {"monitor.top"},
     "monitor.top": WORDS | {"monitor.top"},
     "monitor.cli_policy": WORDS | {"monitor.config", "monitor.policy", "probes_store"},
     "probes_store": WORDS | {"monitor.aggregate", "probes_store"},
-    "training": PURE | {"monitor", "monitor.config", "monitor.engines.embedded", "probes_store", "training"},
+    "training": PURE
+    | {"monitor", "monitor.config", "monitor.reread", "monitor.engines.embedded", "probes_store", "training"},
+    # Data of the log crosses here: labels, features and, with the key, texts.
+    "training.traffic": WORDS | {"monitor.traffic", "probes_store", "training"},
+    "training.said": WORDS
+    | {"monitor.config", "monitor.engines.embedded", "monitor.traffic", "probes_store", "training"},
 }
 LAZY = {("monitor", "monitor.notebook")}  # `monitor.watch`, resolved on first use
 

@@ -2,10 +2,13 @@
 
 import math
 import queue
+import subprocess
+import sys
 import threading
 from random import Random
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,12 +21,21 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.reread import Rereading
 from monitor.errors import ConfigInvalid
 from monitor.metrics import Metrics
-from monitor.traffic import TrafficLog, find_records
-from monitor.traffic.features import Chances, Events, FeatureLog, FeatureWriter, Origin, read_features
+from monitor.traffic import TrafficLog, erase, erased_from, find_records
+from monitor.traffic.features import (
+    Chances,
+    Events,
+    FeatureLog,
+    FeatureWriter,
+    Origin,
+    erase_features,
+    read_features,
+)
 from monitor.traffic.features.sample import spans_of
 from monitor.types import Action, Caller, GenerationRequest, Phase, Prompt, Sampling, Turn
 
 from .conftest import LAYER, calibrated, publish
+from .test_demo import Process
 from .test_records import coverage, reading, record, until
 
 ORIGIN = Origin("hub-commit:abc", "t", "p/1")
@@ -191,6 +203,26 @@ def test_without_its_record_a_feature_is_not_written(logged):
     told.log.attach(reader)
     told.log.offer(record("nobody", coverage=coverage(prompt_tokens=10, prompt_scored=10)), PROMPT, range(15))
     reader.answer()
+    finish(told)
+    assert told.dropped == ["no_record"] and list(told.folder.glob("features-*")) == []
+
+
+def test_tokens_that_are_missing_are_not_guessed(logged):
+    told = logged()
+    told.log.attach(Slow())
+    told.log.offer(record(coverage=coverage(prompt_tokens=10, prompt_scored=10)), PROMPT, range(12))
+    assert told.dropped == ["not_read"] and told.log.depth == 0
+
+
+def test_another_process_erases_while_the_server_runs(logged, tmp_path):
+    """Records first, then files: what the server has not written yet finds no record."""
+    told, reader = logged(), Slow()
+    told.log.attach(reader)
+    told.offer("r1")
+    reader.answer()
+    until(lambda: told.traffic.depth == 0)
+    assert erased_from(tmp_path / "records.sqlite3", lambda engine: erase(engine, request_id="r1")) == 1
+    assert erase_features(told.folder, request_id="r1") == 0
     finish(told)
     assert told.dropped == ["no_record"] and list(told.folder.glob("features-*")) == []
 
@@ -475,9 +507,40 @@ def test_features_of_a_log_that_is_off_by_now_are_erased_too(tiny, random_probe,
 
 
 def test_without_pyarrow_the_server_does_not_start(tmp_path, tiny, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     settings = load_settings(log_features=True, features=tmp_path / "features", records=tmp_path / "r.sqlite3")
     with pytest.raises(ConfigInvalid, match=r"midstream\[parquet\]"):
         feature_log(settings, tiny.served(), SimpleNamespace(mark_features=None), Metrics())
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_the_server_keeps_and_the_command_erases(tiny, random_probe, tmp_path):
+    publish(tiny, [(random_probe, {"calibration": calibrated(1e6)})], tmp_path / "store")
+    config = tmp_path / "settings.yaml"
+    paths = {name: tmp_path / name for name in ("store", "features", "records", "audit")}
+    own = paths | {"model": tiny.module.config.name_or_path, "log_features": "true", "feature_rate": 1}
+    config.write_text("".join(f"{name}: {value}\n" for name, value in own.items()))
+    server = Process(tmp_path, "--config", str(config))
+    try:
+        body = {"model": tiny.name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+        answer = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+        until(lambda: "\nmidstream_feature_queue_depth 0.0" in httpx.get(server.url + "/metrics", timeout=60).text)
+    finally:
+        server.stop()
+    request_id = answer.headers["x-midstream-request-id"]
+    kept = read_features(tmp_path / "features")
+    assert [(f.request_id, f.phase, f.q, f.reason) for f in kept[:1]] == [(request_id, "prompt", 1.0, "uniform")]
+    command = [sys.executable, "-m", "monitor.cli", "log", "erase", "--id", request_id, "--config", str(config)]
+    erased = subprocess.run(command, env=server.environment, capture_output=True, text=True, timeout=120)
+    assert erased.stdout == f"erased 1 records and {len(kept)} features\n", erased.stderr
+    assert read_features(tmp_path / "features") == []
+
+
+def test_behind_an_upstream_it_is_refused(tmp_path):
+    from monitor.api.upstream.serve import serve
+
+    settings = load_settings(upstream="http://127.0.0.1:1/v1", log_features=True, port=0, features=tmp_path)
+    with pytest.raises(ConfigInvalid, match="the observer behind --upstream gives scores, never activations"):
+        serve(settings)

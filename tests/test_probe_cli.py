@@ -137,6 +137,7 @@ def test_the_model_card_has_the_header_that_hubs_read(run, store):
     )  # fmt: skip
     files = (f"hf://org/set@{'a' * 40}/train.csv", "mine.jsonl")
     data = tuple(DataFile(file=file, sha256="1" * 64, rows=3, positive=1) for file in files)
+    data += (DataFile(file="b.jsonl", sha256="2" * 64, rows=9, positive=4, license="MIT", used={"fit": 5, "test": 2}),)
     card = make_card(metrics={"evaluation": {"sets": sets}}, data=data, thresholds=(threshold,))
     store.publish(card, weights(), 0.0)
     header, body = header_of(told(run("probe", "show", "demo", "--markdown")))
@@ -145,7 +146,8 @@ def test_the_model_card_has_the_header_that_hubs_read(run, store):
     (result,) = header["model-index"][0]["results"]
     assert result["dataset"]["name"] == "xstest"
     assert {m["type"]: m["value"] for m in result["metrics"]} == {"recall": 0.62, "roc_auc": 0.87}
-    assert f"| mine.jsonl | 3 | 1 | {'1' * 64} |" in body and "2.00% [1.00%, 3.00%] of 50" in body
+    assert f"| mine.jsonl | - | 3 | 1 | - | {'1' * 64} |" in body and "2.00% [1.00%, 3.00%] of 50" in body
+    assert f"| b.jsonl | MIT | 9 | 4 | 5 / 0 / 2 | {'2' * 64} |" in body
 
 
 def test_text_of_a_card_makes_no_markup_and_a_folder_is_no_base_model(store):

@@ -137,8 +137,10 @@ def test_bars_are_met_missed_or_not_measured(three):
     }
     answers = {"resp_xstest": {"beats": {"words": {"low": 0.0}}}}
     found = figures.bars({"sets": sets, "answers": answers, "controls": {"shuffled": 0.449}})
-    assert [bar["met"] for bar in found] == [True, False, None, False, True, None, None, False, False]
+    assert [bar["met"] for bar in found] == [True, False, None, False, True, None, None, None, False, False]
     assert all(bar["met"] is None for bar in figures.bars({}))
+    (bar,) = [b for b in figures.bars({"left_out": {"pooled": {"auroc": 0.91}}}) if b["met"] is not None]
+    assert bar["what"].startswith("data sets left out") and bar["met"]
 
 
 def test_held_back_rows_are_everyday_look_alikes_or_harmful():

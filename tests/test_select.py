@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from monitor.cli import app
 from training.families import PENALTIES
 from training.fit import balanced, fit_logistic
-from training.left_out import Ranked, best, folds, left_out, ranked
+from training.left_out import Ranked, best, folds, left_out, ranked, told
 from training.metrics import Unsupported
+from training.recipe import Recipe
 from training.select import Candidate, fits, select
-from training.solve import Rows, choose_penalty, left_out_closed
+from training.solve import Rows, candidates, choose_penalty, left_out_closed, refitted
 
 D, PER_SET = 6, 60
 KEYS = ["harm a", "harm b", "mild a", "mild b", "both"]
@@ -82,6 +83,23 @@ def test_changed_labels_of_a_data_set_change_no_value_of_its_own_rows(rows, solv
     one, two = left_out_closed(solver, rows), left_out_closed(solver, other)
     assert one[mine] == pytest.approx(two[mine], abs=1e-9)
     assert np.abs(one[~mine] - two[~mine]).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["logistic", "adam", "lda", "difference_of_means", "ridge"])
+def test_the_chosen_fit_again_without_each_data_set(rows, solver):
+    recipe = Recipe(sources=({"file": "x"},), solver=solver, epochs=200, c=0.1, penalty=0.5)
+    (fitted,) = candidates(recipe, rows)
+    values = refitted(
+        recipe.model_copy(update={"solver": "best"} if solver in ("logistic", "adam") else {}), fitted, rows
+    )
+    for _, out in folds(rows.keys, rows.labels):
+        kept = [k for k, gone in zip(rows.keys, out, strict=True) if not gone]
+        (again,) = candidates(recipe, Rows(rows.x[~out], rows.labels[~out], rows.weights[~out], kept))
+        assert values[out, 0] == pytest.approx(again.logits(rows.x[out]), abs=1e-9)
+    if solver in ("lda", "difference_of_means"):
+        assert values == pytest.approx(left_out_closed(solver, rows), abs=1e-8), "by sums, or by the rows"
+    found = told(values[:, 0], rows.labels, rows.keys, [str(i) for i in range(len(rows.keys))])
+    assert found["pooled"]["auroc"] > 0.8 and found["data_sets"] == len(KEYS)
 
 
 # --- ranking ----------------------------------------------------------------------------------------------------------
@@ -181,6 +199,19 @@ def test_the_command_ranks_and_says_what_to_write(folder, tiny_folder):
     first = report["tried"][0]
     assert first["auroc"] > 0.9 and set(first["recalls"]) == {"s1", "s3"} and set(first["rates"]) == {"s0", "s2"}
     assert "put into the recipe: layers: " in result.output
+
+
+def test_mean_and_last_token_lie_side_by_side_where_the_recipe_fits_both(folder, tiny_folder):
+    """The word that tells is the last but one: the last token adds to the mean."""
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe + "prompt: {kind: mean_last}\nresponse: {kind: mean_last}\n")
+    both = json.loads(run(folder, tiny_folder, "--blocks", "1", "--solver", "lda", "--json").stdout)
+    (folder / "recipe.yaml").write_text(recipe)
+    mean = json.loads(run(folder, tiny_folder, "--blocks", "1", "--solver", "lda", "--json").stdout)
+    assert both["tried"][0]["threshold"] != mean["tried"][0]["threshold"] and both["tried"][0]["auroc"] > 0.9
+    (folder / "recipe.yaml").write_text(recipe + "head: {pooling: attention}\n")
+    result = run(folder, tiny_folder, "--blocks", "1")
+    assert result.exit_code != 0 and "a head is no direction" in (result.output + str(result.exception))
 
 
 @pytest.mark.parametrize(

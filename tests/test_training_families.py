@@ -90,9 +90,19 @@ def test_ridge_says_how_its_penalty_was_chosen(folder, tiny_folder, tmp_path):
     assert fit["method"] == "ridge" and fit["penalty"] > 0 and 0.9 < fit["left_out_auroc"] <= 1
 
 
+def test_the_card_says_how_it_holds_on_data_sets_that_were_left_out(folder, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "left_out", "solver: best\nepochs: 20\nleft_out: true")
+    _, stored = trained("left_out", folder, tiny_folder, tmp_path)
+    found = stored.card.metrics["left_out"]
+    assert found["data_sets"] == 4 and set(found["recalls"]) == {"s1", "s3"} and set(found["rates"]) == {"s0", "s2"}
+    assert 0.9 < found["pooled"]["low"] <= found["pooled"]["auroc"] <= 1 and found["pooled"]["n_harmful"] == 140
+    assert found["lowest"] in found["recalls"] and found["recall"] == pytest.approx(sum(found["recalls"].values()) / 2)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        ("head: {pooling: swim}\nleft_out: true", "too long for a head"),
         ("head: {pooling: attention}\nsolver: lda", "leave out solver"),
         ("head: {pooling: attention}\nprompt: {kind: max}", "leave out prompt"),
         ("head: {pooling: median}", "pooling"),

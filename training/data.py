@@ -19,7 +19,9 @@ PAIRS = Path(__file__).parent / "pairs.jsonl"
 LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
 """More of them, that share topic and words: figures of speech, history, fiction, the defender's side. A file of its
 own, so that what was trained on the first one can still be trained again."""
-OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES}
+ANSWERS = Path(__file__).parent / "answers.jsonl"
+"""What SmolLM2-135M-Instruct answered to harmless requests that look harmful: its own words, harmless, often wrong."""
+OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES, "answers": ANSWERS}
 """By the name that a recipe gives them."""
 
 EVALUATE_ONLY = frozenset(
@@ -35,7 +37,7 @@ Part = Literal["fit", "calibrate", "test"]
 class Row:
     """label: 1 harmful, 0 harmless; group: rows that must stay together; weight: in the fit
 
-    answer: the label is about this answer to `text`; "": about `text` itself
+    answer: the label is about this answer to `text`; "": about `text` itself; split: what the file says it is for
     """
 
     text: str
@@ -46,6 +48,7 @@ class Row:
     key: str = ""
     """Rows of one key and label weigh the same together as those of any other, under a recipe that balances."""
     answer: str = ""
+    split: str = ""
 
     @property
     def identity(self) -> str:
@@ -102,7 +105,7 @@ def row_of(item: object, where: str, stem: str, size: int = 0) -> Row:
     answer = item.get("response") or ""
     if not isinstance(answer, str):
         raise ConfigInvalid(f"{where}: `response` must be a string")
-    return Row(text, int(label), source, group, answer=answer)
+    return Row(text, int(label), source, group, answer=answer, split=str(item.get("split") or ""))
 
 
 def unique(rows: Iterable[Row]) -> list[Row]:
@@ -128,6 +131,16 @@ def sample(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
             break
         taken += group
     return taken
+
+
+def of_each_group(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
+    """At most `most` rows of each group and label, drawn by chance, in their order: many groups in place of a few."""
+    cells: dict[tuple[str, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        cells.setdefault((row.group, row.label), []).append(i)
+    chance = random.Random(seed)  # noqa: S311 - reproducible, not a secret
+    kept = [i for cell in sorted(cells) for i in chance.sample(cells[cell], min(most, len(cells[cell])))]
+    return [rows[i] for i in sorted(kept)]
 
 
 def split(

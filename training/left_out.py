@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,3 +95,28 @@ def best(found: Sequence[Ranked]) -> int:
     highest = max(f.recall for f in found)
     tied = [i for i, f in enumerate(found) if f.recall > highest - TIE]
     return max(tied, key=lambda i: (found[i].auroc if found[i].log_auroc is None else found[i].log_auroc, -i))
+
+
+def told(values: Array, labels: Labels, keys: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
+    """For a card: AUROC with its interval, recall and the lowest, the shares of each data set. raises: Unsupported"""
+    known = np.isfinite(values)
+    found = ranked(values, labels, keys)
+    sample = Sample.of(values[known], labels[known], np.asarray(groups)[known].tolist())
+    figure = metrics.interval(metrics.auroc, sample)
+    shares = {name: {k: round(v, 4) for k, v in of.items()} for name, of in
+              (("recalls", found.recalls), ("rates", found.rates))}  # fmt: skip
+    return {
+        "pooled": {
+            "n_harmful": int(sample.labels.sum()),
+            "n_harmless": int((sample.labels == 0).sum()),
+            "auroc": round(figure.value, 4),
+            "low": round(figure.low, 4),
+            "high": round(figure.high, 4),
+        },
+        "log_auroc": None if found.log_auroc is None else round(found.log_auroc, 4),
+        "recall": round(found.recall, 4),
+        "lowest": found.worst,
+        "at_fpr": TARGET_FPR,
+        "data_sets": len(shares["recalls"].keys() | shares["rates"].keys()),
+        **shares,
+    }

@@ -18,7 +18,7 @@ from probes_store.card import DataFile
 from probes_store.hub import fetch
 from training.data import MAX_ROW_BYTES, Row, describe, read_bytes, read_jsonl, row_of
 
-COLUMNS = ("text", "label", "source", "group", "response")
+COLUMNS = ("text", "label", "source", "group", "response", "split")
 """The first two must be there. Any other column is left alone."""
 _HUB = re.compile(r"hf://(?:datasets/)?(?P<repository>[^/@]+/[^/@]+)(?:@(?P<commit>[^/]*))?/(?P<file>.+)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,19 @@ from monitor.errors import ConfigInvalid
 from monitor.heads import HEAD_KINDS
 from monitor.types import Phase
 from probes_store.card import DataFile
-from training.data import EVALUATE_ONLY, OWN, PAIRS, Part, Row, balanced, sample, split, text_hash, unique
+from training.data import (
+    EVALUATE_ONLY,
+    OWN,
+    PAIRS,
+    Part,
+    Row,
+    balanced,
+    of_each_group,
+    sample,
+    split,
+    text_hash,
+    unique,
+)
 from training.forms import reformed
 from training.heads import HeadRecipe
 from training.load import read_rows, stem
@@ -38,8 +51,8 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """file: as training.load reads it, or `pairs` or `lookalikes` for our own; label: only rows of that label
-    limit: rows taken; weight: of each row
+    """file: as training.load reads it, or `pairs`, `lookalikes`, `answers` for our own; label: only rows of that label
+    split: only rows of that split; each: rows of a group and label at most; limit: rows taken; weight: of each row
 
     made: pairs made by rule out of each row, with the concept (label 1) and as it is (0)
     answers: the label is about each row's `response`, not about its `text`
@@ -49,8 +62,12 @@ class Source(_Part):
 
     file: File
     label: Literal[0, 1] | None = None
+    split: str | None = None
+    each: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
+    license: str = ""
+    """Of the file's rows, for the card's data sheet."""
     made: Made | None = None
     answers: bool = False
     forms: int = Field(0, ge=0, le=8)
@@ -82,9 +99,13 @@ class Recipe(_Part):
     """Of `ridge`; None: the best of its path with data sets left out."""
     head: HeadRecipe | None = None
     """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
+    left_out: bool = False
+    """Fit once more without each data set, for the card: how it holds on sources it has not seen. Not for a head."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
+    peaks: int = Field(0, ge=0, le=10)
+    """Rounds of training.peaks: answers are fitted where they look worst, as they are served."""
     answers: int = Field(0, ge=0)
     answer_tokens: int = Field(64, ge=2)
     evaluate: tuple[File, ...] = ()
@@ -111,6 +132,10 @@ class Recipe(_Part):
         clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
         if self.head is not None and clash:
             raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        if self.left_out and (self.head is not None or self.peaks):
+            raise ValueError(
+                "left_out fits as often as there are data sets, too long for a head or peaks; leave it out"
+            )
         return self
 
     @property
@@ -124,6 +149,10 @@ class Recipe(_Part):
             if how.kind in HEAD_KINDS and how.kind != "mean_last":
                 raise ValueError(f"{how.kind} is a head's way; write it under `head`, without `prompt` and `response`")
             how.check(self.projections)
+        if self.peaks and (self.solver, self.projections) != ("logistic", 1):
+            raise ValueError("peaks are for `solver: logistic` and one projection")
+        if self.peaks and self.response.kind not in ("ema", "mean"):
+            raise ValueError(f"peaks need a running mean for answers, `ema` or `mean`, not {self.response.kind}")
         return self
 
     @model_validator(mode="before")
@@ -168,17 +197,23 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     seen: list[Row] = []
     placed: dict[str, Part] = {}
     reforms: dict[str, Source] = {}
+    used: dict[str, Counter[str]] = {}
     for source in recipe.sources:
         file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
-        files[described.file] = described
+        before = files.get(described.file, described)
+        files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = _about(rows, source, described.file)
         known = {r.identity for r in seen}
         rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
+        if source.split is not None:
+            rows = [r for r in rows if r.split == source.split]
         if source.label is not None:
             rows = [r for r in rows if r.label == source.label]
+        if source.each is not None:
+            rows = of_each_group(rows, source.each, recipe.seed)
         rows = [
             replace(r, weight=source.weight, key=r.source if source.by_source else stem(file))
             for r in sample(rows, source.limit, recipe.seed)
@@ -194,7 +229,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         }
         for part, of_part in split(rows, shares, recipe.seed, placed).items():
             for row in of_part:
-                parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
+                own: Part = "test" if part == "calibrate" and row.label == 1 else part
+                parts[own].append(row)
+                used.setdefault(described.file, Counter())[own] += 1
     if recipe.balance:
         parts["fit"] = balanced(parts["fit"])
     for key, source in reforms.items():
@@ -203,7 +240,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
-    return parts, list(files.values())
+    return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
 
 
 def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:

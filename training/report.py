@@ -129,6 +129,7 @@ class Evaluation:
         report |= {"attacks": {}, "needles": []}
         if prompt is not None and harm and self.options.attacks:
             report |= self._attacks(prompt["value"])
+        report["left_out"] = self.card.metrics.get("left_out", {})
         report["bars"] = figures.bars(report)
         return report | {
             "thresholds": self.thresholds,

@@ -11,7 +11,8 @@ from training.page import Html, element, line_chart
 
 STYLE = """
 .tiles > * { flex: 1 1 13rem; } section { margin-top: 2.4rem; } h2 { font-size: 1.25rem; }
-.wide td { white-space: nowrap; } .bars td:first-child { white-space: normal; min-width: 9rem; }
+.wide { font-size: .86rem; } .wide th, .wide td { padding: .3rem .45rem; } .wide td { white-space: nowrap; }
+.bars td:first-child { white-space: normal; min-width: 9rem; }
 .row > figure { flex-basis: 26rem; } figure + .wide, .row + .wide { margin-top: 1rem; } ul { max-width: 52rem; }
 .met, .missed { padding: .1rem .5rem; border-radius: .4rem; color: #fff; }
 .met { background: light-dark(#0b7a52, #1f7a55); } .missed { background: light-dark(#b5352a, #a83a2a); }

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from monitor import __version__
 from monitor.config import Settings
@@ -22,20 +18,16 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
-from probes_store.base import Base
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
 from training.calibrate import Calibrations, Calibrator
-from training.data import Row
-from training.evaluate import separation
-from training.fit import Array, Fitted
-from training.heads import FittedHead, fit_head
-from training.progress import progress, ticks
+from training.fit import Fitted
+from training.fitting import Fitting, listed
+from training.heads import FittedHead
 from training.recipe import Recipe, default_recipe, gather, read_recipe
 from training.report_card import evaluate_sets
 from training.report_scores import Judge
-from training.solve import Rows, candidates
 from training.texts import Reader
 
 CANARIES = (
@@ -63,9 +55,10 @@ class Trainer:
 
     def run(self) -> Path:
         counts = ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
-        self.console.print(f"rows: {counts}; layers {_listed(self.layers)} of {self.model.n_layers}")
-        fitted, metrics, base = self._fit()
-        probe = self._weights(fitted)
+        self.console.print(f"rows: {counts}; layers {listed(self.layers)} of {self.model.n_layers}")
+        fitting = Fitting(self.recipe, self.reader, self.layers, self.console)
+        fitted, metrics, base = fitting.fit(self.parts["fit"], self.parts["test"])
+        probe = fitting.weights(fitted, self.name)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
         test = self.parts["test"]
@@ -77,65 +70,6 @@ class Trainer:
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
         return folder
-
-    # --- activations and fit ------------------------------------------------------------------------------------
-
-    def tokens(self, rows: Sequence[Row]) -> list[npt.NDArray[np.float32]]:
-        """Of each row (n_i, n_layers * d_model): the counted positions of the turn that its label is about."""
-        out = [np.zeros((0, 0), dtype=np.float32)] * len(rows)
-        for index, turn in self._turns(rows):
-            out[index] = torch.cat([turn[layer] for layer in self.layers], 1).numpy()
-        return out
-
-    def features(self, rows: Sequence[Row]) -> Array:
-        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
-        and for a second projection the last of them."""
-        out = np.zeros((len(rows), self.recipe.projections, len(self.layers), self.model.d_model))
-        for index, turn in self._turns(rows):
-            for column, layer in enumerate(self.layers):
-                out[index, 0, column] = turn[layer].mean(0).double().numpy()
-                out[index, 1:, column] = turn[layer][-1].double().numpy()
-        return out
-
-    def _turns(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(rows)) as tick:
-            yield from self.reader.streams(rows, self.layers, tick)
-
-    def _fit(self) -> tuple[Fitted | FittedHead, dict[str, Any], Base]:
-        fit, test, head = self.parts["fit"], self.parts["test"], self.recipe.head
-        y, weights = np.array([r.label for r in fit]), np.array([r.weight for r in fit])
-        found: list[tuple[Fitted | FittedHead, Array]] = []
-        if head is not None:
-            texts = self.tokens(fit)
-            means = np.stack([text.mean(0, dtype=np.float64) for text in texts])
-            with progress(self.console, f"{head.pooling} head, steps", head.steps) as tick:
-                made = fit_head(texts, y, weights, head, lambda n: ticks(n, tick))
-            found.append((made, made.values(self.tokens(test))))
-        else:
-            pooled, x_test = self.features(fit), self.features(test).reshape(len(test), -1)
-            means = pooled[:, 0]
-            rows = Rows(pooled.reshape(len(fit), -1), y, weights, [r.key or r.source for r in fit])
-            steps = self.recipe.epochs if self.recipe.solver in ("best", "adam") else 1
-            with progress(self.console, f"fitting: {self.recipe.solver}", steps) as tick:
-                found += [(c, c.logits(x_test)) for c in candidates(self.recipe, rows, lambda n: ticks(n, tick))]
-        base = Base.of(means.reshape(len(fit), len(self.layers), -1), self.layers, y)
-        y_test = np.array([r.label for r in test])
-        if len(set(y_test.tolist())) < 2:
-            return found[0][0], {"held_out": {}}, base
-        scored = {c.method: separation(v[y_test == 1].tolist(), v[y_test == 0].tolist()) for c, v in found}
-        best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}, base
-
-    def _weights(self, fitted: Fitted | FittedHead) -> ProbeWeights:
-        """The bias is the first projection's: a value is the sum of what the projections give."""
-        if isinstance(fitted, FittedHead):
-            return fitted.probe(self.name, self.layers)
-        k = self.recipe.projections
-        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
-        if k == 1:
-            by_layer = by_layer[:, 0]
-        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
     def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
         """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
@@ -164,13 +98,6 @@ class Trainer:
         metrics: dict[str, Any],
     ) -> Card:
         model = self.model
-        bank = ProbeBank([probe], model.d_model)
-        prompts = [self.reader.prompt(text) for text in CANARIES]
-        canaries = {}
-        for index, streams in residual_streams(model, prompts, self.layers):
-            counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
-            scores = score_streams(bank, streams)[counted].ravel()
-            canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
         return Card(
             name=self.name,
             version="v1",  # the store sets the next free one
@@ -197,7 +124,7 @@ class Trainer:
             data=tuple(self.files),
             fit={"method": fitted.method, **fitted.details, "recipe": self.recipe.model_dump(mode="json")},
             metrics=metrics,
-            canaries=tuple(canaries[i] for i in range(len(CANARIES))),
+            canaries=canaries_of(self.reader, probe),
             sha256=hashlib.sha256(b"").hexdigest(),  # the store sets it
         )
 
@@ -222,8 +149,16 @@ class Trainer:
         )
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+def canaries_of(reader: Reader, probe: ProbeWeights) -> tuple[Canary, ...]:
+    """What the probe gives at every counted position of a few texts."""
+    bank = ProbeBank([probe], reader.model.d_model)
+    prompts = [reader.prompt(text) for text in CANARIES]
+    canaries = {}
+    for index, streams in residual_streams(reader.model, prompts, bank.layers):
+        counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
+        scores = score_streams(bank, streams)[counted].ravel()
+        canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
+    return tuple(canaries[i] for i in range(len(CANARIES)))
 
 
 def train(

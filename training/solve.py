@@ -101,3 +101,19 @@ def choose_penalty(rows: Rows) -> tuple[int, Ranked]:
     found = [ranked(values[:, p], rows.labels, rows.keys) for p in range(values.shape[1])]
     index = best(found)
     return index, found[index]
+
+
+def refitted(recipe: Recipe, fitted: Fitted, rows: Rows) -> Array:
+    """(n, 1): values of each row by the fit that was chosen, made again without the row's data set. raises: Unsupported
+
+    A penalty that was chosen stays: for the figure to mislead, one number would have had to learn a data set.
+    """
+    solver = {"logistic_regression": "logistic", "linear_probe_adam": "adam"}.get(fitted.method, fitted.method)
+    same = recipe.model_copy(update={"solver": solver, "penalty": fitted.details.get("penalty")})
+
+    def fit(out: Mask) -> Array:
+        kept = [key for key, gone in zip(rows.keys, out.tolist(), strict=True) if not gone]
+        (again,) = candidates(same, Rows(rows.x[~out], rows.labels[~out], rows.weights[~out], kept))
+        return again.logits(rows.x[out].astype(np.float64))[:, None]
+
+    return left_out(rows.keys, rows.labels, fit)

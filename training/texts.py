@@ -33,9 +33,11 @@ class Reader:
     def labelled(self, row: Row) -> Prompt:
         """The row with the turn that its label is about as the newest one: the text, or the answer to it."""
         prompt = self.prompt(row.text)
-        if not row.answer:
-            return prompt
-        ids = (*prompt.token_ids, *self.answer(row.answer))
+        return self.answered(prompt, row.answer) if row.answer else prompt
+
+    def answered(self, prompt: Prompt, answer: str) -> Prompt:
+        """The prompt with an answer to it as its newest turn."""
+        ids = (*prompt.token_ids, *self.answer(answer))
         return Prompt(ids, (*prompt.turns, Turn(len(prompt.token_ids), len(ids))), len(prompt.turns), "chat")
 
     def cut(self, text: str) -> str:

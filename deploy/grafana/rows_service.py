@@ -110,6 +110,14 @@ OPERATION = (
         (last_hour("records_dropped_total"), "lost, last hour"),
     ),
     lines(
+        "Feature log",
+        "Kept sequences that wait to be read again, and those written and lost.",
+        COUNT,
+        ("sum(midstream_feature_queue_depth)", "queue"),
+        (last_hour("features_kept_total"), "written, last hour"),
+        (last_hour("features_dropped_total"), "lost, last hour"),
+    ),
+    lines(
         "Review backlog",
         "Kept records of flags and blocks that nobody has labelled.",
         COUNT,

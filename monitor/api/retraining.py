@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -36,7 +37,10 @@ _HANDED_ON = (
     "log_url",
     "log_text",
     "log_key",
+    "features",
     "target_fpr",
+    "retrain_tenant_share",
+    "retrain_frozen",
 )
 
 
@@ -44,6 +48,7 @@ def environment(settings: Settings, names: Sequence[str] = _HANDED_ON) -> dict[s
     """Of a process of ours: the server's own, with these settings as it was told them. A key is in no argument."""
     own = {k: v for k, v in os.environ.items() if not k.upper().startswith(PREFIX)}
     told = {name: getattr(settings, name) for name in names}
+    told |= {name: json.dumps(value) for name, value in told.items() if isinstance(value, tuple)}
     ours = {PREFIX + k.upper(): str(v) for k, v in told.items() if v is not None}
     return own | ours | {"COLUMNS": "120"}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from monitor.errors import MidstreamError
 from monitor.traffic import Where
 from monitor.traffic.labelled import Labelled, labelled_since
 from probes_store.calibration import rows_needed
-from probes_store.card import Card
 from probes_store.store import PREVIOUS, Store, StoredProbe
 
 Rows = Callable[[float], int]
@@ -51,7 +49,7 @@ class Shelf:
         """Until when the newest version has seen the traffic."""
         for version in self._newest_first(probe):
             try:
-                return seen_until(self._store.load(self._slug, probe, version).card)
+                return self._store.load(self._slug, probe, version).card.seen_until
             except MidstreamError:
                 continue  # a damaged version has seen nothing that anybody could tell
         return 0.0
@@ -84,7 +82,6 @@ _OF_CARD = ("created", "kind", "layers", "sha256", "metrics", "gate", "labels")
 
 def of_card(stored: StoredProbe) -> dict[str, Any]:
     card = stored.card
-    retrained: Mapping[str, Any] = card.fit.get("retrained") or {}
     return {
         "created": card.created,
         "kind": card.kind,
@@ -92,13 +89,5 @@ def of_card(stored: StoredProbe) -> dict[str, Any]:
         "sha256": card.sha256,
         "metrics": {name: value for name, value in card.metrics.items() if name != "gate"},
         "gate": card.metrics.get("gate"),
-        "labels": retrained.get("labels"),
+        "labels": card.retrained.get("labels"),
     }
-
-
-def seen_until(card: Card) -> float:
-    """Seconds since the epoch: labels up to then are in it; a version that was not made of traffic has seen none
-    before it was made."""
-    retrained: Mapping[str, Any] = card.fit.get("retrained") or {}
-    until = retrained.get("until")
-    return float(until) if until is not None else datetime.fromisoformat(card.created).timestamp()

@@ -3,7 +3,7 @@
 The same texts, of 10 to 300 tokens in no order, through the chat template; what is kept is the mean over a row's
 tokens. Plain: one row a pass, and 16 padded rows a pass, on the model as transformers loads it. Ours at the middle
 block, which is what `midstream harvest` reads unless it is told otherwise, and at all blocks.
-`python -m tests.bench.harvest [CAP_S]`, seconds for each of the four comparisons.
+`python -m tests.bench.harvest [CAP_S [ROWS]]`: seconds for each of the four comparisons, and how many texts.
 """
 
 import json
@@ -26,19 +26,19 @@ from tests.bench.pairs import measure, say, verdict
 from training.data import PAIRS
 from training.harvest import Sample, harvest, make_plan
 
-ROWS, BATCH, THREADS = 32, 16, 2
+ROWS, BATCH, THREADS = 64, 16, 2
 LONGEST = 300
 ALONE, BATCHED = 3.0, 1.5
 NOISE = 0.03
 """Half-width of a time ratio at which a comparison ends."""
 
 
-def samples(model: LoadedModel) -> list[Sample]:
+def samples(model: LoadedModel, n: int) -> list[Sample]:
     """Our own pairs, joined and cut to lengths that are as likely in each octave."""
     chance = random.Random(0)
     texts = [json.loads(line)["text"] for line in PAIRS.read_text().splitlines()]
     rows = []
-    for i in range(ROWS):
+    for i in range(n):
         wanted = round(10 * (LONGEST / 10) ** chance.random())
         words = " ".join(chance.sample(texts, 25))
         offsets = model.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -78,18 +78,20 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     cap_s = float(sys.argv[1]) if len(sys.argv) > 1 else 120.0
+    n = int(sys.argv[2]) if len(sys.argv) > 2 else ROWS
     torch.set_num_threads(THREADS)
     folder = demo_model(cache_dir())
     model = load_model(str(folder), cache=cache_dir())
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rows = samples(model)
+    rows = samples(model, n)
     prompts = [model.template.encode([{"role": role, "content": text} for role, text in r.messages]) for r in rows]
     tokens = sum(len(p.token_ids) for p in prompts)
-    say(f"{ROWS} rows, {tokens} tokens with the template, {THREADS} threads, float32")
+    say(f"{n} rows, {tokens} tokens with the template, {THREADS} threads, float32")
     every = list(range(model.n_layers - 1))
     # Transformers gives the last block after its final norm: no stream, and left out of the comparison.
-    off = np.abs(ours(model, rows, every) - plain(module, prompts, 1, every)).max(axis=(0, 2))
-    largest = np.abs(plain(module, prompts[:BATCH], 1, every)).max(axis=(0, 2))
+    few = rows[:4], prompts[:4]
+    off = np.abs(ours(model, few[0], every) - plain(module, few[1], 1, every)).max(axis=(0, 2))
+    largest = np.abs(plain(module, few[1], 1, every)).max(axis=(0, 2))
     say(f"largest difference of a feature, as a share of its block's largest: {(off / largest).max():.1e}")
     for name, layers in (("middle block", [model.n_layers // 2]), ("all blocks", list(range(model.n_layers)))):
         for batch, target in ((1, ALONE), (BATCH, BATCHED)):

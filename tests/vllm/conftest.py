@@ -17,6 +17,10 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # vLLM would put the engines of all workers on the first core.
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(cores[int(worker.removeprefix("gw")) % len(cores)]))
 
 import httpx
 import pytest
@@ -30,14 +34,6 @@ from monitor.engines.vllm.call import CALL, Call
 from probes_store.store import Store
 
 from ..conftest import Sink, calibrated, make_card, save_tiny, tiny_config
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: whoever needs the shared engine to one worker, every other file as a whole."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("shared" if "shared" in fixtures else item.path.stem))
-
 
 COMMON = ["--max-model-len", "1024", "--max-num-seqs", "64"]
 EAGER = [*COMMON, "--enforce-eager"]

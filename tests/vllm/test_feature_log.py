@@ -3,10 +3,13 @@
 from random import Random
 
 import pytest
+from vllm.sampling_params import SamplingParams
 
+from monitor.engines.vllm.call import CALL, Call
+from monitor.engines.vllm.reread import averages
 from monitor.engines.vllm.support import POOLED
 from monitor.traffic.features import Chances, Events, FeatureLog, FeatureWriter, Origin, read_features
-from monitor.types import Phase
+from monitor.types import Phase, Turn
 
 from ..test_feature_log import close_to, hidden
 from ..test_records import until
@@ -93,15 +96,24 @@ def test_while_others_run_it_is_read_too_and_leaves_no_record(engine, tiny, rand
 
 def test_a_client_cannot_ask_for_it(engine, tiny, kept):
     """The key in `vllm_xargs` is taken out; nothing of the stream reaches an output."""
-    answered = engine.run(engine.ask(prompt(tiny, "mine"), ignore_eos=True, extra_args={POOLED: [[1, 3]], "other": 1}))
-    assert len(answered.ids[0]) == 8
+
+    async def ask():
+        call = Call("chat", "chat")
+        token = CALL.set(call)
+        try:
+            params = SamplingParams(max_tokens=4, extra_args={POOLED: [[1, 3]], "other": 1})
+            request = {"prompt_token_ids": list(prompt(tiny, "mine").token_ids)}
+            return [output async for output in engine.engine.generate(request, params, call.id)]
+        finally:
+            CALL.reset(token)
+
+    outputs = engine.run(ask())
+    assert len(outputs) >= 1 and [o.kv_transfer_params for o in outputs] == [None] * len(outputs)
+    assert engine.judge._averages == {}
     assert len(kept()) == 2
 
 
 def test_a_sequence_that_fills_the_context_is_not_read(engine, tiny):
-    from monitor.engines.vllm.reread import averages
-    from monitor.types import Turn
-
     async def read(n):
         return await averages(engine.engine, [65] * n, [Turn(1, 2)], 1)
 

@@ -23,9 +23,10 @@ from monitor.errors import MidstreamError
 from monitor.live import LiveProbes
 from monitor.policy.rule import Rule
 from monitor.probe import ProbeBank, ProbeWeights
+from monitor.reread import Pooled
 from monitor.sequence import Watch
 from monitor.tap import tap_op
-from monitor.types import Caller, Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores
+from monitor.types import Caller, Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores, Turn
 
 Progress = Callable[[int], None]
 _PASS_TOKENS = 2048
@@ -65,6 +66,19 @@ def residual_streams(
             progress(len(batch))
     finally:
         taken.close()
+
+
+def span_means(
+    model: LoadedModel,
+    sequences: Sequence[tuple[Sequence[int], Sequence[Turn]]],
+    layers: Sequence[int],
+    progress: Progress = _silent,
+) -> Iterator[tuple[int, Pooled]]:
+    """See `Averager`, which it is of a model."""
+    prompts = [Prompt(tuple(ids), tuple(spans), 0, "raw") for ids, spans in sequences]
+    for index, streams in residual_streams(model, prompts, layers, progress):
+        per_span = [[streams[k][s.start : s.end].mean(0) for k in layers] for s in prompts[index].turns]
+        yield index, np.stack([torch.stack(means).numpy() for means in per_span])
 
 
 def _shared(prompts: Sequence[Prompt]) -> int:

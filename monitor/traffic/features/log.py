@@ -44,7 +44,11 @@ class FeatureLog:
         spans = {} if kept is None else spans_of(record, prompt)
         if kept is None or not spans:
             return
-        ids = tuple(tokens[: max(span.end for span in spans.values())])
+        end = max(span.end for span in spans.values())
+        ids = tuple(tokens[:end])
+        if len(ids) < end:  # an engine that says more than it shows: nothing is guessed
+            self._dropped("not_read")
+            return
         with self._lock:
             fits = len(self._waiting) < self._size
             if fits:
@@ -61,7 +65,7 @@ class FeatureLog:
 
     def erase(self, key: str | None = None, request_id: str | None = None) -> int:
         """As `erase_features`, and what is still on its way. Call it after the records were erased: what slips through
-        in between has no record any more, and is not written. raises: ConfigInvalid"""
+        in between has no record any more, so it is not written. raises: ConfigInvalid"""
         erasure = Erasure(key, request_id)
         with self._lock:
             self._waiting = deque(w for w in self._waiting if not erasure.matches(w.record))

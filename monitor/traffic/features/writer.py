@@ -22,6 +22,7 @@ from monitor.traffic.features.files import (
     check_parquet,
     drop_older,
     erase_features,
+    locked,
     new_path,
     write_features,
 )
@@ -180,10 +181,13 @@ class FeatureWriter:
         path = new_path(self._folder)
         try:
             marks = [(w.record.request_id, w.record.index, w.kept.q) for w in rows]
-            there = self._events.mark(path.name, marks)
-            written = [w for w in rows if (w.record.request_id, w.record.index) in there]
-            if written:
-                write_features(self._folder, [f for w in written for f in self._features(w)], path)
+            # Whoever erases, also from another process, takes records first and then files under this lock: so what
+            # finds its record here is in a file by then.
+            with locked(self._folder):
+                there = self._events.mark(path.name, marks)
+                written = [w for w in rows if (w.record.request_id, w.record.index) in there]
+                if written:
+                    write_features(self._folder, [f for w in written for f in self._features(w)], path)
         except (OSError, ConfigInvalid) as error:  # a full disk costs features, never traffic; each is counted
             print(f"midstream: {len(rows)} features can't be written ({error})", file=sys.stderr)
             for _ in rows:
