@@ -14,11 +14,9 @@ from .test_records import reading, record
 from .test_traffic import fill
 
 VALUES = [-3.0, -1.0, 0.1, 0.3, 0.30000000000000004, 1.0, 1.0, 1.7, 2.0, 2.3, 3.0, 5.0, 1e12, None]
-NEAR = Filter("demo", Phase.PROMPT)
 
 
-@pytest.fixture
-def path(tmp_path):
+def scattered(where):
     """Records of every kind, many of them as far from a threshold of 1 as others."""
     chance, found = random.Random(7), []
     for i in range(120):
@@ -27,11 +25,15 @@ def path(tmp_path):
         other = reading(Action.ALLOW, Phase.RESPONSE, value=chance.choice(VALUES))
         key = chance.choice(["alice", "bob"])
         found.append(record(f"r{i}", 0, verdict, readings=(one, other), key=key, created=float(i)))
-    where = tmp_path / "records.sqlite3"
     fill(where, *found)
     for i in range(0, 120, 5):
         add_label(where, f"r{i}", 0, Label.UNSURE, "ann")
     return where
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return scattered(tmp_path_factory.mktemp("log") / "records.sqlite3")
 
 
 def by_hand(path, which, around):
@@ -57,11 +59,14 @@ def by_hand(path, which, around):
     ],
 )
 def test_every_page_is_the_next_nearest(path, around, more):
-    which = Filter("demo", Phase.PROMPT, **more)
-    wanted = by_hand(path, which, around)
+    check_pages(path, Filter("demo", Phase.PROMPT, **more), around)
+
+
+def check_pages(where, which, around):
+    wanted = by_hand(where, which, around)
     for limit in (1, 7, 1000):
         seen, after = [], None
-        while found := nearest_queue(path, which, around, limit, after):
+        while found := nearest_queue(where, which, around, limit, after):
             assert len(found) <= limit
             seen += [entry.body["request_id"] for entry in found]
             after = found[-1].place

@@ -83,7 +83,7 @@ function versionRow(probe, version, swap) {
       ? button("Stop shadow", swap("Stop the shadow", `${version.version} is no longer scored beside ${probe.live}.`, "shadow", { version: null }), { class: "quiet" })
       : button("Shadow", swap(`Run ${version.version} in shadow`, `${version.version} is scored beside ${probe.live} and only counted: it flags and blocks nothing.`, "shadow", { version: version.version }), { class: "quiet" })];
   return [h("b", null, version.version), state, version.created ? created(version.created) : "–", version.kind ?? "–", (version.layers ?? []).join(", "), { n: known(version.labels) ? count(version.labels) : "–" },
-    gate(version.gate), h("span", { class: "soft" }, figures(version.metrics)), h("code", { title: version.sha256 }, (version.sha256 ?? "").slice(0, 8)), h("span", { class: "acts" }, acts)];
+    gate(version.gate), h("span", { class: "soft figures" }, figures(version.metrics)), h("code", { title: version.sha256 }, (version.sha256 ?? "").slice(0, 8)), h("span", { class: "acts" }, acts)];
 }
 
 function created(text) {
@@ -97,14 +97,17 @@ function gate(result) {
   return h("span", { class: words.startsWith("PASS") ? "good" : "bad" }, words);
 }
 
-/** Numbers of a card, whichever it has: nested ones by their path, four at most. */
-function figures(metrics, path = "") {
-  const flat = [];
-  for (const [name, value] of Object.entries(metrics ?? {})) {
-    if (typeof value === "number") flat.push(`${path}${name} ${Number(value.toPrecision(3))}`);
-    else if (value !== null && typeof value === "object" && !Array.isArray(value)) flat.push(...figures(value, `${path}${name}.`).split(" · ").filter(Boolean));
-  }
-  return flat.slice(0, 4).join(" · ");
+/** Two figures of a card: its AUROCs if it names any, else its first numbers; each with where it stands there. */
+function figures(metrics) {
+  const flat = numbers(metrics, []);
+  const chosen = flat.filter(([path]) => path.at(-1) === "auroc");
+  return (chosen.length ? chosen : flat).slice(0, 2).map(([path, value]) => `${path.join(" ").replaceAll("_", " ")} ${Number(value.toPrecision(3))}`).join(" · ");
+}
+
+function numbers(value, path) {
+  if (typeof value === "number") return [[path, value]];
+  if (value === null || typeof value !== "object" || Array.isArray(value)) return [];
+  return Object.entries(value).flatMap(([name, inner]) => numbers(inner, [...path, name]));
 }
 
 function progress(state) {

@@ -41,8 +41,9 @@ function mark(label) {
 export function showQueue(place, first) {
   const list = h("ol", { class: "list" });
   const foot = h("p", { class: "foot soft" });
+  const heard = h("p", { class: "aside", role: "status" }); // where one is, for who does not see it
   const bar = h("div");
-  const side = h("section", { class: "side", "aria-label": "Queue" }, h("h1", { class: "aside" }, "Queue"), bar, list, foot);
+  const side = h("section", { class: "side", "aria-label": "Queue" }, h("h1", { class: "aside" }, "Queue"), heard, bar, list, foot);
   const detail = h("section", { class: "detail", "aria-label": "Request" });
   place.append(side, detail);
   const state = { entries: [], next: null, at: -1, open: null, pairs: [], last: null, load: null, opens: 0, shown: null };
@@ -99,6 +100,8 @@ export function showQueue(place, first) {
     const link = list.children[state.at]?.firstElementChild;
     link?.setAttribute("aria-current", "true");
     link?.scrollIntoView({ block: "nearest" });
+    const entry = state.entries[state.at];
+    heard.textContent = entry ? `${state.at + 1} of ${state.entries.length}: ${entry.verdict}, ${entry.probe} ${entry.phase} ${figure(entry.value)}` : "";
     if (id !== null && id !== state.shown) openSoon(id);
   }
 

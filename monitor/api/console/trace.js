@@ -72,7 +72,7 @@ function plot(record, probes, length, width) {
     limits.map(([name, phase, value]) => s("line", { class: `limit series${probes.findIndex(([p]) => p === name) % 3}`,
       x1: phase === "prompt" ? EDGE.left : edge, x2: phase === "prompt" ? edge : width - EDGE.right, y1: y(value), y2: y(value) })),
     probes.map(([, scores], i) => s("path", { class: `curve series${i % 3}`, d: path(scores, x, y) })),
-    probes.map(([name, scores], i) => crossings(record, name, scores, x, y, i)), cursor);
+    probes.map(([name, scores], i) => crossings(record, name, scores, x, y, i, width)), cursor);
   return {
     svg,
     positionAt: (px) => Math.max(0, Math.min(length - 1, Math.floor(((px - EDGE.left) * length) / (width - EDGE.left - EDGE.right)))),
@@ -94,11 +94,13 @@ function path(scores, x, y) {
   }).join("");
 }
 
-function crossings(record, probe, scores, x, y, i) {
+/** A prompt's words stand before its point and an answer's behind it, where there is room: two that are close don't meet. */
+function crossings(record, probe, scores, x, y, i, width) {
+  const isBefore = (r) => (r.phase === "prompt" ? x(r.crossed_at) > 110 : x(r.crossed_at) > width - 110);
   return ["prompt", "response"].map((phase) => readingOf(record, probe, phase)).filter((r) => known(r.crossed_at) && known(scores[r.crossed_at])).map((r) => [
     s("circle", { class: `crossed series${i % 3}`, cx: x(r.crossed_at), cy: y(scores[r.crossed_at]), r: 4.5 }),
-    s("text", { class: "said", x: x(r.crossed_at) + (r.phase === "prompt" ? -7 : 7), y: Math.max(11, y(scores[r.crossed_at]) - 6),
-      "text-anchor": r.phase === "prompt" ? "end" : "start" }, `crossed at ${r.crossed_at}`)]);
+    s("text", { class: "said", x: x(r.crossed_at) + (isBefore(r) ? -7 : 7), y: Math.max(11, y(scores[r.crossed_at]) - 6),
+      "text-anchor": isBefore(r) ? "end" : "start" }, `crossed at ${r.crossed_at}`)]);
 }
 
 function ticks(low, high) {
