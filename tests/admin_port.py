@@ -7,8 +7,8 @@ import socket
 import threading
 from collections import Counter
 
-from monitor.api.admin import Operations, create_admin
-from monitor.api.second_port import second_port
+from monitor.api.admin.app import Operations, create_admin
+from monitor.api.admin.port import second_port
 from monitor.audit import Audit
 from monitor.config import load_settings
 from monitor.metrics import Metrics

@@ -3,9 +3,9 @@
 import base64
 import time
 
-from monitor.api.admin_probes import ProbeOperations
-from monitor.api.feed import Feed
-from monitor.api.review_desk import Desk
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.probes import ProbeOperations
 from monitor.errors import ConfigInvalid
 from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, Said, TrafficLog

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from monitor.api.lensing import Lensing
+from monitor.api.admin.lensing import Lensing
 from monitor.api.spelled import turns_of
 from monitor.config import load_settings
 from monitor.traffic import count_unlabelled, find_labels

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from monitor.api.admin_guard import WRONG_PER_MINUTE
-from monitor.api.admin_session import COOKIE, LIFE_S, MAX_SESSIONS, Sessions
-from monitor.api.console import HOME, PATHS
+from monitor.api.admin.console import HOME, PATHS
+from monitor.api.admin.guard import WRONG_PER_MINUTE
+from monitor.api.admin.session import COOKIE, LIFE_S, MAX_SESSIONS, Sessions
 
 from .admin_port import BEARER, DATA_KEY, ID, KEY
 from .console_port import ConsolePort

@@ -13,7 +13,7 @@ from monitor.probe import ProbeWeights
 from probes_store.calibration import DELTA, Calibration, rows_needed
 from probes_store.store import Store, model_slug
 from training.recipe import Recipe, gather
-from training.report_scores import Judge, score_prompts
+from training.report.scores import Judge, score_prompts
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SPLITS = 200

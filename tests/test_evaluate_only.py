@@ -21,15 +21,15 @@ from training import pairs_made
 from training.data import EVALUATE_ONLY
 from training.experiment import residual_stream
 from training.recipe import Recipe, gather
-from training.report import Options, evaluate
-from training.report_sets import ANSWER_SETS, PROMPT_SETS
+from training.report.made import Options, evaluate
+from training.report.sets import ANSWER_SETS, PROMPT_SETS
 
 ROOT = Path(__file__).parent.parent
 FILES = {f"{name}.jsonl" for name in EVALUATE_ONLY}
 # module -> functions that may open one. The experiment's page shows its probes off their distribution, when all are
 # fitted; `_evaluate` is where training hands over to the report.
 READERS = {
-    "training.report_sets": {"read_set", "read_exchanges"},
+    "training.report.sets": {"read_set", "read_exchanges"},
     "training.experiment": {"_public"},
 }
 opened: list[tuple[str, bool]] = []
@@ -189,9 +189,9 @@ def test_no_other_module_names_them():
                     named.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert named == {
         "training.data",
-        "training.report_sets",
-        "training.report_figures",
-        "training.report_charts",
+        "training.report.sets",
+        "training.report.figures",
+        "training.report.charts",
         "training.experiment",
     }
 

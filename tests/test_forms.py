@@ -18,7 +18,7 @@ from training.data import LOOKALIKES, PAIRS, Row, read_jsonl, unique
 from training.forms import LONGEST, reformed
 from training.lint import lint
 from training.recipe import Recipe, gather
-from training.report_scores import Judge, score_prompts
+from training.report.scores import Judge, score_prompts
 from training.run import train
 from training.transforms import TRANSFORMS, transformed
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from monitor.cli_harvest import Pool, blocks
-from monitor.cli_harvest import harvest as command
+from monitor.cli.harvest import Pool, blocks
+from monitor.cli.harvest import harvest as command
 from monitor.config import cache_dir
 from monitor.engines.embedded.harvest import residual_streams
 from monitor.engines.embedded.model import load_model

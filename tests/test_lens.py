@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from monitor import cli_lens
+from monitor.cli import lens as cli_lens
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, ModelUnsupported

@@ -384,7 +384,7 @@ def test_what_is_private_stays_private(run, store, hub, monkeypatch):
 def test_help_brings_no_torch():
     """Seconds that `midstream --help` need not wait for."""
     code = (
-        "import sys, monitor.cli_probe, monitor.cli_lint; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+        "import sys, monitor.cli.probe, monitor.cli.lint; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
 

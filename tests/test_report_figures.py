@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from probes_store.card import Platt
-from training import report_figures as figures
-from training import report_overall as overall
-from training import report_view_requests as view
 from training.data import Row
 from training.metrics import Sample, auroc
-from training.report_answers import by_tokens, compare_with_floors, lengths, words_here
-from training.report_figures import At, Judged
-from training.report_scores import Scored
-from training.report_sets import Exchange, PromptSet, held_back
+from training.report import figures as figures
+from training.report import overall as overall
+from training.report import view_requests as view
+from training.report.answers import by_tokens, compare_with_floors, lengths, words_here
+from training.report.figures import At, Judged
+from training.report.scores import Scored
+from training.report.sets import Exchange, PromptSet, held_back
 
 
 def judged(name, kind, harmful, harmless, words=True, tokens=20):

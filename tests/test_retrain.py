@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from monitor.cli_retrain import seconds
+from monitor.cli.retrain import seconds
 from monitor.errors import ConfigInvalid
 from monitor.traffic.features import Feature
 from monitor.types import Phase
 from probes_store.base import Base, load_base
 from training.fit import Scaler
-from training.posterior import curvature, fit_posterior
-from training.retrain import Asked, retrain
-from training.traffic import uniform
-from training.weighing import CLIP, _level, leaked, weigh
+from training.retrain.posterior import curvature, fit_posterior
+from training.retrain.run import Asked, retrain
+from training.retrain.traffic import uniform
+from training.retrain.weighing import CLIP, _level, leaked, weigh
 
 from .conftest import LAYER
 from .traffic_made import HARMFUL, HARMLESS, MODEL, NAME, World, texts

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from monitor.api.control import harmless, show_probes
+from monitor.api.admin.control import harmless, show_probes
 from monitor.config import load_settings
 from monitor.live import load_live
 from monitor.metrics import Metrics

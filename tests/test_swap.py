@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from monitor.api.retraining import LINES, MAX_LINE
+from monitor.api.admin.retraining import LINES, MAX_LINE
 from monitor.audit import Audit
 from monitor.engines.embedded.sets import MOST_SETS
 from monitor.errors import Overloaded, ProbeMismatch
@@ -325,7 +325,7 @@ def test_candidates_of_the_store(tiny, tmp_path):
 def test_a_training_is_a_process_with_bounded_output_that_ends_with_the_server(tiny, tmp_path):
     import asyncio
 
-    from monitor.api.retraining import Retraining
+    from monitor.api.admin.retraining import Retraining
 
     newest = ["v1"]
     script = (

@@ -26,8 +26,8 @@ from training.fit import Fitted
 from training.fitting import Fitting, listed
 from training.heads import FittedHead
 from training.recipe import Recipe, default_recipe, gather, read_recipe
-from training.report_card import evaluate_sets
-from training.report_scores import Judge
+from training.report.card import evaluate_sets
+from training.report.scores import Judge
 from training.texts import Reader
 
 CANARIES = (

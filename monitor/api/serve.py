@@ -17,16 +17,16 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
+from monitor.api.admin.control import Serving, operations, show_probes
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.port import check_admin_key, controlled
 from monitor.api.app import create_app
-from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
 from monitor.api.features import eraser, feature_log
-from monitor.api.feed import Feed
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
 from monitor.api.others import other_routes
-from monitor.api.second_port import check_admin_key, controlled
 from monitor.api.spans import Spans
 from monitor.audit import Audit
 from monitor.config import Settings

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from monitor.api.feed import Feed
-from monitor.api.review_desk import Desk
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.feed import Feed
 from monitor.traffic import Filter, TrafficLog, count_unlabelled, counts, record_json, review_queue
 from monitor.traffic.nearest import nearest_queue
 from monitor.types import Action, Mode, Phase

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from monitor.api.console import HOME
+from monitor.api.admin.console import HOME
 from monitor.traffic import find_labels
 from monitor.types import Action
 

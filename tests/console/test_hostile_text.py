@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from monitor.api.console import HOME
+from monitor.api.admin.console import HOME
 from monitor.types import Action
 
 from ..test_records import reading

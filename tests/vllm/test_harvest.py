@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from monitor.cli_harvest import Engine, Pool, need_vllm
-from monitor.cli_harvest import harvest as command
+from monitor.cli.harvest import Engine, Pool, need_vllm
+from monitor.cli.harvest import harvest as command
 from training.shards import Harvest, read_manifest
 
 from .conftest import EAGER

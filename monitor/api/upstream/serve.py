@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from rich.console import Console
 
-from monitor.api.control import Serving
+from monitor.api.admin.control import Serving
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging

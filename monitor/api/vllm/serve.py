@@ -20,8 +20,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 
+from monitor.api.admin.control import Serving
 from monitor.api.app import bare_app
-from monitor.api.control import Serving
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging

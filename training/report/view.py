@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training import report_charts as charts
 from training.page import Html, element, page, table, tile
-from training.report_charts import number, percent, section, soft
-from training.report_view_requests import requests
+from training.report import charts as charts
+from training.report.charts import number, percent, section, soft
+from training.report.view_requests import requests
 
 Report = Mapping[str, Any]
 
 
 def report_page(report: Report) -> str:
-    """report: as `training.report.evaluate` returns it, or as it was read back from report.json"""
+    """report: as `training.report.made.evaluate` returns it, or as it was read back from report.json"""
     probe = report["probe"]
     blocks = "block " + str(probe["layers"][0]) if len(probe["layers"]) == 1 else f"blocks {probe['layers']}"
     intro = (

@@ -21,17 +21,17 @@ from monitor.errors import ConfigInvalid
 from probes_store import promote as promoting
 from probes_store.card import Card, DataFile
 from probes_store.store import Store, StoredProbe, model_slug
-from training.candidate import Made, Start, make, start_of
 from training.data import EVALUATE_ONLY, Row, same_text
 from training.fit import Array
 from training.frozen import Report, compare, frozen_rows, must_match
 from training.gate import EXIT_CODE, Verdict
 from training.load import read_rows, stem
+from training.retrain.candidate import Made, Start, make, start_of
+from training.retrain.said import read_said
+from training.retrain.traffic import Rows, Traffic, read_traffic
+from training.retrain.weighing import Weighed, leaked, weigh
 from training.run import canaries_of
-from training.said import read_said
 from training.texts import Reader
-from training.traffic import Rows, Traffic, read_traffic
-from training.weighing import Weighed, leaked, weigh
 
 MAX_TEXT_TOKENS = 512
 Note = Callable[[str], None]

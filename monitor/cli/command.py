@@ -13,22 +13,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from monitor import (
-    cli_evaluate,
-    cli_gate,
-    cli_harvest,
-    cli_keys,
-    cli_lens,
-    cli_lint,
-    cli_log,
-    cli_observer,
-    cli_policy,
-    cli_probe,
-    cli_retrain,
-    cli_review,
-    cli_select,
-    cli_top,
-    cli_train,
+from monitor.cli import (
+    evaluate,
+    gate,
+    harvest,
+    keys,
+    lens,
+    lint,
+    log,
+    observer,
+    policy,
+    probe,
+    retrain,
+    review,
+    select,
+    top,
+    train,
 )
 from monitor.config import DEMO_MODEL, Settings, load_settings
 from monitor.errors import ConfigInvalid, MidstreamError
@@ -42,23 +42,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Live safety monitoring for LLM serving: every token scored, judged before it is released.",
 )
-app.add_typer(cli_keys.app, name="key")
-app.add_typer(cli_policy.app, name="policy")
-app.add_typer(cli_probe.app, name="probe")
-app.command("probes")(cli_probe.list_probes)
-app.command("lint")(cli_lint.lint)
-app.command("evaluate")(cli_evaluate.evaluate)
-app.command("gate")(cli_gate.gate)
-app.command("lens")(cli_lens.lens)
-app.add_typer(cli_lens.experiment, name="experiment")
-app.command("harvest", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cli_harvest.harvest)
-app.add_typer(cli_log.app, name="log")
-app.command("retrain")(cli_retrain.retrain)
-app.command("review")(cli_review.review)
-app.command("select")(cli_select.select)
-app.command("top")(cli_top.top)
-app.command("train")(cli_train.train)
-app.add_typer(cli_observer.app, name="observer")
+app.add_typer(keys.app, name="key")
+app.add_typer(policy.app, name="policy")
+app.add_typer(probe.app, name="probe")
+app.command("probes")(probe.list_probes)
+app.command("lint")(lint.lint)
+app.command("evaluate")(evaluate.evaluate)
+app.command("gate")(gate.gate)
+app.command("lens")(lens.lens)
+app.add_typer(lens.experiment, name="experiment")
+app.command("harvest", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(harvest.harvest)
+app.add_typer(log.app, name="log")
+app.command("retrain")(retrain.retrain)
+app.command("review")(review.review)
+app.command("select")(select.select)
+app.command("top")(top.top)
+app.command("train")(train.train)
+app.add_typer(observer.app, name="observer")
 Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
 Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -135,7 +135,7 @@ def check(
     )
     if settings.engine != "vllm":
         raise ConfigInvalid(f"--engine {engine!r}: only vllm has something to check; the embedded one does it at start")
-    cli_harvest.need_vllm()
+    harvest.need_vllm()
     from monitor.engines.vllm.check import check as run
 
     raise typer.Exit(run(settings, context.args))
@@ -146,7 +146,7 @@ def _run_server(settings: Settings, extra: list[str]) -> int:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again: imports take seconds
     if settings.engine == "vllm":
-        cli_harvest.need_vllm()
+        harvest.need_vllm()
         logs.start(settings)  # before vLLM is imported, which sets its own up
         from monitor.api.vllm.serve import serve as serve_vllm
 
@@ -234,11 +234,11 @@ def _show(console: Console, record: dict[str, Any]) -> None:
     for asked in record["escalations"]:
         said = f"{asked['value']:.3f} at position {asked['position']}; the second judge: {_number(asked['second'])}"
         console.print(f"{asked['probe']}, {asked['phase']}, uncertain: {said}: {asked['result']}", highlight=False)
-    for probe, scores in record["token_scores"].items():
+    for name, scores in record["token_scores"].items():
         spans = [*record["counted"], [coverage["prompt_tokens"], len(scores)]]
         positions = [p for start, end in spans for p in range(start, min(end, len(scores)))]
         ranked = sorted(((p, scores[p]) for p in positions), key=lambda item: -item[1])[:8]
-        console.print(f"{probe}: highest positions " + ", ".join(f"{p}: {s:.2f}" for p, s in ranked), highlight=False)
+        console.print(f"{name}: highest positions " + ", ".join(f"{p}: {s:.2f}" for p, s in ranked), highlight=False)
 
 
 def _number(value: float | None) -> str:
@@ -295,7 +295,3 @@ def main() -> None:
     except MidstreamError as error:
         print(f"midstream: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,9 +11,9 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from monitor.api.admin import KeyTable, Operations, create_admin
+from monitor.api.admin.app import KeyTable, Operations, create_admin
+from monitor.api.admin.console import HOME
 from monitor.api.connection import Bounds, bounded
-from monitor.api.console import HOME
 from monitor.api.hangup import Say, reload_at_hangup
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from monitor.api.admin_json import dumped, json_response
-from monitor.api.admin_session import Operator, operator_of
+from monitor.api.admin.desk import Desk, Page
+from monitor.api.admin.feed import seen
+from monitor.api.admin.plain import dumped, json_response
+from monitor.api.admin.session import Operator, operator_of
 from monitor.api.errors import ApiError
 from monitor.api.events import EventStream
-from monitor.api.feed import seen
-from monitor.api.review_desk import Desk, Page
 from monitor.traffic import Filter, Label
 from monitor.traffic.labelling import MAX_NAME
 from monitor.traffic.review import NoSuchRecord

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from training import metrics
 from training.evaluate import set_figures
 from training.metrics import Array
-from training.report_answers import compare_with_floors, lengths
-from training.report_floors import INSIDE, Controls
-from training.report_scores import Scored
-from training.report_sets import PromptSet
+from training.report.answers import compare_with_floors, lengths
+from training.report.floors import INSIDE, Controls
+from training.report.scores import Scored
+from training.report.sets import PromptSet
 
 _ORDERING = ("auroc", "auprc", "log_auroc")
 

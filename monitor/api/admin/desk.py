@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from monitor.api.feed import Feed
-from monitor.api.lensing import Lensing
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.lensing import Lensing
 from monitor.api.spelled import spell_answer, spell_prompt, turns_of
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid

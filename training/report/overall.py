@@ -14,7 +14,7 @@ from probes_store.card import Card
 from training import evaluate, metrics
 from training.evaluate import set_figures
 from training.metrics import Array, Unsupported
-from training.report_figures import At, Joined, Judged, joined
+from training.report.figures import At, Joined, Judged, joined
 
 CURVE_POINTS = 200
 BINS = 10

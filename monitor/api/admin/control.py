@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from monitor.api.admin import KeyTable, Operations
-from monitor.api.admin_probes import ProbeOperations
+from monitor.api.admin.app import KeyTable, Operations
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.probes import ProbeOperations
+from monitor.api.admin.retraining import Retraining, environment
+from monitor.api.admin.shelf import Shelf
+from monitor.api.admin.swap import Slots, Swap
+from monitor.api.admin.tracing import Tracing
 from monitor.api.features import Eraser
-from monitor.api.feed import Feed
-from monitor.api.retraining import Retraining, environment
-from monitor.api.review_desk import Desk
-from monitor.api.shelf import Shelf
-from monitor.api.swap import Slots, Swap
-from monitor.api.tracing import Tracing
 from monitor.audit import Audit
 from monitor.config import Settings
 from monitor.live import LiveProbes, ServedModel

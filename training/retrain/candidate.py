@@ -21,7 +21,7 @@ from probes_store.store import StoredProbe
 from training.calibrate import MIN_ROWS, TARGETS
 from training.evaluate import separation
 from training.fit import Array, Fitted, Scaler, balanced, fit_platt
-from training.posterior import curvature, discriminant, fit_posterior, from_moments
+from training.retrain.posterior import curvature, discriminant, fit_posterior, from_moments
 
 STRENGTH = 1.0
 """What a row of the base is worth against a labelled row of traffic."""

@@ -76,7 +76,7 @@ def seconds(schedule: str) -> int:
 def _once(
     settings: Settings, probe: str, data: tuple[str, ...], frozen: tuple[str, ...], target: float, promote: bool
 ) -> int:
-    from training.retrain import Asked, retrain
+    from training.retrain.run import Asked, retrain
 
     audit = Audit(settings.audit)
     try:

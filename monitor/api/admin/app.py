@@ -18,15 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from monitor import __version__
-from monitor.api.admin_guard import AdminGuard
-from monitor.api.admin_json import dumped, json_response
-from monitor.api.admin_probes import ProbeOperations, probe_routes
-from monitor.api.admin_review import review_routes
-from monitor.api.admin_session import Sessions, session_routes
-from monitor.api.console import PATHS, console_routes
+from monitor.api.admin.console import PATHS, console_routes
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.guard import AdminGuard
+from monitor.api.admin.plain import dumped, json_response
+from monitor.api.admin.probes import ProbeOperations, probe_routes
+from monitor.api.admin.review import review_routes
+from monitor.api.admin.session import Sessions, session_routes
 from monitor.api.errors import ApiError, from_domain, unavailable, validation
 from monitor.api.events import EventStream
-from monitor.api.review_desk import Desk
 from monitor.audit import Audit
 from monitor.errors import ConfigInvalid, MidstreamError, Overloaded, RequestInvalid
 from monitor.offenders import Offenders

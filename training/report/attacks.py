@@ -15,8 +15,8 @@ from typing import Any
 from monitor.template import Message
 from training.data import Row
 from training.metrics import share_above
-from training.report_scores import Judge, Tick, score_conversations
-from training.report_sets import PromptSet, drawn, read_set
+from training.report.scores import Judge, Tick, score_conversations
+from training.report.sets import PromptSet, drawn, read_set
 from training.transforms import TRANSFORMS, transformed, user
 
 HARMFUL, HARMLESS = 100, 50

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from training import report_charts as charts
 from training.page import Html, element, join, table
-from training.report_charts import number, percent, section, soft
+from training.report import charts as charts
+from training.report.charts import number, percent, section, soft
 
 _KINDS = {"held-out": "held out", "look-alikes": "look-alikes", "unseen": "held back", "everyday": "everyday"}
 

@@ -17,8 +17,8 @@ from monitor.traffic.review import Label
 from monitor.types import Prompt
 from probes_store.card import Card
 from training.progress import progress
+from training.retrain.traffic import Rows
 from training.texts import Reader
-from training.traffic import Rows
 
 
 def read_said(

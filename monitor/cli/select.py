@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from monitor.cli_harvest import blocks as read_blocks
+from monitor.cli.harvest import blocks as read_blocks
 from monitor.config import load_settings
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from training.floor import tfidf_scores
 from training.load import stem
 from training.progress import progress
 from training.recipe import Recipe
-from training.report_scores import Judge, score_prompts
-from training.report_sets import read_set
+from training.report.scores import Judge, score_prompts
+from training.report.sets import read_set
 
 
 def evaluate_sets(

@@ -13,8 +13,8 @@ from training.data import Row
 from training.evaluate import set_figures
 from training.floor import tfidf_scores
 from training.metrics import Array, Sample, Unsupported
-from training.report_scores import ScoredAnswers
-from training.report_sets import Exchange
+from training.report.scores import ScoredAnswers
+from training.report.sets import Exchange
 
 SEEN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Tokens of an answer."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from monitor.cli_live import Config, Folder, Json, Model, promote, rollback, shadow, shelf_of
+from monitor.cli.live import Config, Folder, Json, Model, promote, rollback, shadow, shelf_of
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 

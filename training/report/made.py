@@ -25,7 +25,6 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeWeights
 from probes_store.calibration import Calibration, rows_needed
 from probes_store.store import Store, StoredProbe, model_slug
-from training import report_figures as figures
 from training.data import Part, Row, same_text
 from training.floor import tfidf_scores
 from training.frozen import check_canaries, must_match
@@ -33,12 +32,13 @@ from training.load import stem
 from training.metrics import Array, Unsupported, conformal_threshold
 from training.progress import progress
 from training.recipe import Recipe, gather
-from training.report_answers import answer_figures
-from training.report_attacks import DOCUMENTS, LENGTHS, attack_rows, attack_table, needle_table
-from training.report_floors import Controls, fit_sample, sweep
-from training.report_overall import over_all
-from training.report_scores import Judge, Scored, score_answers, score_prompts
-from training.report_sets import MOST_ANSWERS, MOST_ROWS, answer_sets, held_back, prompt_sets
+from training.report import figures as figures
+from training.report.answers import answer_figures
+from training.report.attacks import DOCUMENTS, LENGTHS, attack_rows, attack_table, needle_table
+from training.report.floors import Controls, fit_sample, sweep
+from training.report.overall import over_all
+from training.report.scores import Judge, Scored, score_answers, score_prompts
+from training.report.sets import MOST_ANSWERS, MOST_ROWS, answer_sets, held_back, prompt_sets
 from training.transforms import TRANSFORMS
 
 RATES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05)
@@ -65,7 +65,7 @@ def evaluate(
     that the probe's recipe names
     raises: ConfigInvalid, ProbeInvalid, ProbeMismatch
     """
-    from training.report_view import report_page
+    from training.report.view import report_page
 
     if not data.is_dir():
         raise ConfigInvalid(f"--data {str(data)!r} is not a folder; name the one that the sets lie in")

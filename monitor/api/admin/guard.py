@@ -13,7 +13,7 @@ from typing import Literal
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from monitor.api.admin_session import COOKIE, THE_KEY, Operator, Sessions, judge_session
+from monitor.api.admin.session import COOKIE, THE_KEY, Operator, Sessions, judge_session
 from monitor.api.errors import ApiError
 from monitor.api.peers import PerMinute, peer_name
 from monitor.audit import Audit, AuditFailed

@@ -37,8 +37,8 @@ def evaluate(
 
     Sets that are for evaluation only are read here and by no other command. A quarter of an hour on two cores.
     """
-    from training.report import Options  # torch and scikit-learn, which no other command waits for
-    from training.report import evaluate as run
+    from training.report.made import Options  # torch and scikit-learn, which no other command waits for
+    from training.report.made import evaluate as run
 
     options = Options(target_fpr, requests_per_day, tuple(sets or ()), rows, attacks)
     report = run(load_settings(config, model=model, store=store), probe, data, out, options)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from monitor.api.admin.retraining import environment
 from monitor.api.errors import ApiError
-from monitor.api.retraining import environment
 from monitor.config import Settings
 
 MAX_S = 180.0
