@@ -80,11 +80,7 @@ def test_filters(port):
     done = queue(port, "?labelled=yes")
     assert (numbers(done), done["entries"][0]["label"]["label"]) == ([6], "harmless")
     assert numbers(queue(port, "?limit=1")) == [5]
-    assert port.ask("GET", "/admin/queue/counts")[1] == {
-        "unlabelled": 6,
-        "verdicts": {"allow": {"records": 1, "labelled": 0}, "block": {"records": 4, "labelled": 1},
-                     "flag": {"records": 3, "labelled": 0}},
-    }  # fmt: skip
+    assert port.ask("GET", "/admin/queue/counts")[1] == {"unlabelled": 6}
 
 
 @pytest.mark.parametrize(
