@@ -262,7 +262,28 @@ def test_30_changes_under_load_fail_no_request_and_each_record_names_one_version
     assert len(set(seen)) > 1
 
 
-def test_a_sequence_ends_on_the_set_it_began_with_and_sets_are_bounded(tiny, tmp_path):
+def test_sets_are_bounded_and_those_that_nobody_runs_on_go(tiny, tmp_path):
+    from monitor.config import load_settings
+    from monitor.engines.embedded.sets import Sets
+
+    store, settings = Store(tmp_path, shipped=tmp_path / "none"), load_settings(store=tmp_path)
+    for bias in range(MOST_SETS + 1):
+        publish(tiny, store, float(bias))
+    lives = [load_live(tiny.served(), store, settings, chosen={f"{MODEL}/hair": f"v{i + 1}"}) for i in range(5)]
+    sets = Sets(lives[0])
+    running = [sets.current]
+    for live in lives[1:MOST_SETS]:
+        sets.put(live, running)
+        running.append(sets.current)
+    with pytest.raises(Overloaded, match=f"run on {MOST_SETS} sets"):
+        sets.put(lives[-1], running)
+    assert sets.current is running[-1]
+    assert sets.of(lives[1], running) is running[1]  # a roll-back finds the set that is still held
+    sets.put(lives[-1], running[1:])
+    assert running[0] not in sets.held and sets.before is running[-1]
+
+
+def test_a_sequence_ends_on_the_set_it_began_with(tiny, tmp_path):
     from monitor.config import load_settings
     from monitor.engines.embedded.engine import EmbeddedEngine
     from monitor.types import Caller, GenerationRequest, Sampling
@@ -284,10 +305,8 @@ def test_a_sequence_ends_on_the_set_it_began_with_and_sets_are_bounded(tiny, tmp
             if i:
                 engine.try_out(sets[i])
                 engine.live = sets[i]
-            request = GenerationRequest(str(i), (chat(tiny, "hello"),), 1, Sampling(900, logit_bias={}), Caller())
+            request = GenerationRequest(str(i), (chat(tiny, "hello"),), 1, Sampling(900), Caller())
             engine.submit(request, lambda delta: None)
-        with pytest.raises(Overloaded, match=f"run on {MOST_SETS} sets"):
-            engine.try_out(sets[-1])
         for i in range(MOST_SETS):
             engine.abort(str(i))
         for record in sink.wait(MOST_SETS):
