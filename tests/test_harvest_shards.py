@@ -369,7 +369,8 @@ def test_labels_of_answers_are_harvested_at_the_answers(tiny, tiny_folder, tmp_p
     found = {}
     for answers in (True, False):
         out = tmp_path / str(answers)
-        command([str(data)], out, layers="1", pooling=None, answers=answers, model=str(tiny_folder), as_json=True)
+        asked = {"layers": "1", "pooling": None, "model": str(tiny_folder), "as_json": True}
+        command([str(data)], out, answers=answers, context=SimpleNamespace(args=[]), **asked)
         found[answers] = Harvest(out).load("mean")[0][:, 0]
     capsys.readouterr()
     reader = Reader(tiny, 512)

@@ -278,7 +278,8 @@ def test_the_cards_figures_are_those_of_the_served_probe(shelf, quiet, star_prob
     )
     parts, _ = gather(recipe, shelf)
     judge = Judge(quiet, probe, Aggregation("max"), Aggregation("max"))
-    found = evaluate_sets(judge, recipe, parts, shelf, threshold)
+    tested = score_prompts(judge, judge.prompts([r.text for r in parts["test"]]), (), lambda n: None).values
+    found = evaluate_sets(judge, recipe, parts, tested.tolist(), shelf, threshold)
     sets = found["sets"]
     assert found["prompt_threshold"] == threshold
     assert list(sets) == ["jailbreakbench", "mitre_frr", "unseen_harmful", "harmless_train", "harmless_test"]

@@ -138,7 +138,7 @@ OPERATION = (
         (minutely("policy_reloads_total", "result"), "policy {{result}}"),
         (minutely("probe_reload_total", "result"), "probes {{result}}"),
         (minutely("admin_requests_total", "outcome"), "admin {{outcome}}"),
-        width=12,
+        width=16,
     ),
     table(
         "Probes in service",

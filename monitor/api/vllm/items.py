@@ -39,9 +39,11 @@ class ResponsesWire(Wire):
             yield b"data: [DONE]\n\n"
             return
         if self._number is None:
-            self._number = data["sequence_number"]
-        events = numbered(self._kept(data), self._number)
-        self._number += len(events)
+            self._number = data.get("sequence_number")
+        events = self._kept(data)
+        if self._number is not None:
+            events = numbered(events, self._number)
+            self._number += len(events)
         for event in events:
             yield sse(event["type"], event)
 
