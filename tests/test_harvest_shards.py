@@ -381,7 +381,7 @@ def test_labels_of_answers_are_harvested_at_the_answers(tiny, tiny_folder, tmp_p
     assert np.abs(found[False][0] - found[False][1]).max() == 0, "one text, twice"
     with pytest.raises(ConfigInvalid, match="1 of 2 rows have no `response`"):
         data.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "x", "label": 1}))
-        command([str(data)], tmp_path / "c", layers="1", pooling=None, answers=True, model=str(tiny_folder))
+        command([str(data)], tmp_path / "c", answers=True, context=SimpleNamespace(args=[]), **asked)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from training.retrain.weighing import CLIP, _level, leaked, weigh
 from .conftest import LAYER
 from .traffic_made import HARMFUL, HARMLESS, MODEL, NAME, World, texts
 
+ENOUGH = 2600  # frozen benign rows, for the gate to be sure of a rate of 3 %
 PLAIN = Scaler(np.zeros(16), np.ones(16))
 
 
@@ -28,13 +29,13 @@ def world(tiny, tmp_path):
     return World(tiny, tmp_path)
 
 
-def asked(world, **changes):
-    return Asked(NAME, frozen=world.frozen(), target=0.05, **changes)
+def asked(world, benign=400, **changes):
+    return Asked(NAME, frozen=world.frozen(benign), target=0.05, **changes)
 
 
-def everyday(world):
-    """What a server saw: 420 harmless requests, none of them labelled, then labels of both kinds."""
-    world.serve(texts(420, 7), q=0.5)
+def everyday(world, n=420):
+    """What a server saw: n harmless requests, none of them labelled, then labels of both kinds."""
+    world.serve(texts(n, 7), q=0.5)
     world.serve(texts(60, 8), HARMLESS)
     world.serve(texts(60, 9, "%"), HARMFUL, reason="flagged")
     world.serve(texts(20, 10, "#"), HARMFUL, reason="flagged")
@@ -44,9 +45,9 @@ def everyday(world):
 
 
 def test_labels_make_a_candidate_that_the_gate_has_judged(world):
-    everyday(world)
+    everyday(world, 1500)  # of fewer rows a certified threshold lies further above what the rate needs
     notes = []
-    code = retrain(world.settings, asked(world), notes.append)
+    code = retrain(world.settings, asked(world, ENOUGH), notes.append)
     new = world.store.load(MODEL, NAME, "v2")
     gate, counts = new.card.metrics["gate"], new.card.retrained
     checks = {c["name"]: c for c in gate["checks"]}
@@ -55,9 +56,9 @@ def test_labels_make_a_candidate_that_the_gate_has_judged(world):
     )
     assert (code, gate["verdict"], gate["against"]) == (gate["exit_code"], "PASS", "v1")
     assert checks["AUROC - live's"]["figure"]["low"] > 0  # what it could not know before
-    assert (counts["from"], counts["labels"], counts["harmful"], counts["everyday"]) == ("v1", 140, 80, 480)
+    assert (counts["from"], counts["labels"], counts["harmful"], counts["everyday"]) == ("v1", 140, 80, 1560)
     assert (counts["copies"], counts["in_frozen"], counts["unread"], counts["tenants"]) == (0, 0, 0, 25)
-    assert new.card.calibration["chat"]["prompt"].n == 480 and "response" not in new.card.calibration["chat"]
+    assert new.card.calibration["chat"]["prompt"].n == 1560 and "response" not in new.card.calibration["chat"]
     base, before = load_base(new), load_base(world.store.load(MODEL, NAME, "v1"))
     assert (base.rows(0), base.rows(1)) == (before.rows(0) + 60, before.rows(1) + 80)
     # Nothing promotes itself: it is the candidate.
@@ -68,8 +69,8 @@ def test_labels_make_a_candidate_that_the_gate_has_judged(world):
 
 
 def test_it_promotes_only_when_it_is_told_to_and_passes(world):
-    everyday(world)
-    assert retrain(world.settings, asked(world, promote=True), print) == 0
+    everyday(world, 1500)
+    assert retrain(world.settings, asked(world, ENOUGH, promote=True), print) == 0
     assert world.store.live(MODEL) == {NAME: "v2"} and world.store.candidates(MODEL) == {}
 
 

@@ -28,6 +28,11 @@ class Broken:
     def __init__(self, step: Any, fault: str) -> None:
         self._step, self._fault = step, fault
 
+    @property
+    def pooled(self) -> dict[str, bytes]:
+        pooled: dict[str, bytes] = self._step.pooled
+        return pooled
+
     def scores(self, cache: Any) -> Any:
         if self._fault == "score raises":
             raise RuntimeError("injected")

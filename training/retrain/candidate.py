@@ -27,6 +27,8 @@ STRENGTH = 1.0
 """What a row of the base is worth against a labelled row of traffic."""
 _NO_BASE_ROWS = 1000.0
 _FOLDS, _EACH = 5, 10
+_TIGHT = 15
+"""Rows times rate from which the certified threshold of few rows is not much too high: it is at 0.6 of the rate."""
 _EVERYDAY = "a uniform sample of traffic without what people called harmful, newest turns; if some was, it is too high"
 _CALLED = "requests of a uniform sample of traffic that people called harmless, newest turns, by fits without them"
 
@@ -109,7 +111,7 @@ def make(
     target: float,
 ) -> Made:
     """x: (n, n_layers * d) labelled features; y, weights: (n,), weight 0 leaves a row out; sampled: (n,) whether a row
-    is of the uniform slice
+    is of the uniform slice; everyday: (m, n_layers * d) of the slice, without rows of x
 
     target: false-positive rate of prompts. raises: ConfigInvalid if a label is missing
     """
@@ -123,10 +125,12 @@ def make(
     by_layer = fitted.weight.reshape(len(layers), card.d_model)
     parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(layers, by_layer, strict=True)}
     unseen, held_out, platt = _held_out(start, layers, x, y, weights)
-    # What people called harmless is cleaner than what nobody looked at, where there is enough of it for the rate.
-    called = unseen[(y == 0) & sampled]
-    values, source = everyday @ fitted.weight + fitted.bias, _EVERYDAY
-    if len(called) >= rows_needed(target) and np.isfinite(called).all():
+    # What was fitted on is read by fits without it. What people called harmless is cleaner than what nobody looked at:
+    # where there is enough of it, it is calibrated on alone.
+    fits = fitted.logits(x) if np.isnan(unseen).all() else unseen
+    called = fits[(y == 0) & sampled]
+    values, source = np.concatenate([everyday @ fitted.weight + fitted.bias, called]), _EVERYDAY
+    if len(called) * target >= _TIGHT and fits is unseen:
         values, source = called, _CALLED
     calibration, thresholds = _calibrated(values.tolist(), source)
     own = Base.of(x.reshape(len(x), len(layers), card.d_model), layers, y)

@@ -103,7 +103,8 @@ class Retrainer:
     ) -> tuple[Made, dict[str, Any], list[DataFile]]:
         said, unread = read_said(self.settings, traffic.unread, reader, live.card, self.console)
         rows = _joined(traffic.rows, said)
-        start = start_of(live, traffic.everyday)
+        called = rows.sampled & (rows.y == 0)
+        start = start_of(live, np.concatenate([traffic.everyday, rows.x[called]]))
         weighed = self._weighed(rows, start)
         weights = weighed.weights.copy()
         dropped = leaked(rows.x, _features(reader, frozen, live.card), start.scaler)
@@ -128,7 +129,7 @@ class Retrainer:
             "in_frozen": int(dropped.sum()),
             "tenants": len(set(rows.tenants)),
             "capped": list(weighed.capped),
-            "everyday": len(traffic.everyday),
+            "everyday": len(traffic.everyday) + int(called.sum()),
             "data_rows": len(y) - len(rows.y),
         }
         self._say(", ".join(f"{name} {value}" for name, value in counts.items() if name != "capped"))

@@ -46,9 +46,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """rows: labelled; everyday: (m, n_layers * d_model) of a uniform slice of all requests, without those that people
-    call harmful; until: the newest label's time; unread: labelled requests without features; strange: features of
-    another model or template"""
+    """rows: labelled; everyday: (m, n_layers * d_model) of a uniform slice of all requests, those that nobody has
+    labelled, or called harmless in an earlier round; until: the newest label's time; unread: labelled requests without
+    features; strange: features of another model or template"""
 
     rows: Rows
     everyday: Array
@@ -94,7 +94,7 @@ def read_traffic(
     known = {(one.request_id, one.choice) for one, _ in found}
     unread = tuple(one for one in labels if (one.request_id, one.choice) not in known)
     harmful = {(one.request_id, one.choice) for one in labelled_since(log, 0.0) if one.label is Label.HARMFUL}
-    everyday = [f for f in whole if (f.request_id, f.choice) not in harmful]
+    everyday = [f for f in whole if (f.request_id, f.choice) not in harmful | known]
     recent = [f for f in everyday if f.created >= since]
     return Traffic(rows, stacked(recent, card), max(one.labelled for one in labels), unread, strange)
 
