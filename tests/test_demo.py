@@ -119,7 +119,7 @@ def test_with_the_prompt_in_shadow_the_answer_is_cut(prompts_in_shadow):
     assert 0 < len(text) < 600
     whole = ask(server.api, HARMFUL, max_tokens=200)
     assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (text, "content_filter")
-    assert server.metric("blocks", phase="response", probe="harmful-answer") >= 2
+    assert server.metric("blocks", phase="response", probe="harmful-intent") >= 2
     assert server.metric("would_block", phase="prompt", probe="harmful-intent") >= 2
 
 
