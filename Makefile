@@ -38,8 +38,9 @@ serve-vllm: setup-vllm
 test: setup check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Two workers: most of it is engines that start. (pytest-xdist's loadgroup does nothing with pytest 9.2.)
 test-vllm: setup-vllm
-	$(BIN)/python -m pytest $(VLLM_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(VLLM_TESTS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -51,14 +52,19 @@ bench: setup-vllm
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.judge
 	$(BIN)/python -m tests.bench.fit
+	$(BIN)/python -m tests.bench.harvest
 	$(BIN)/python -m tests.bench.log
+	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.observer
+	$(BIN)/python -m tests.bench.proxy
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.features vllm
 
 attack: setup-vllm
 	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py \
 		tests/test_attacks.py tests/test_schema_fuzz.py tests/test_limits.py tests/test_connection.py tests/test_evasion.py \
-		tests/test_log_kill.py tests/test_log_postgres.py
+		tests/test_log_kill.py tests/test_log_postgres.py tests/test_upstream_faults.py tests/test_upstream_transformers.py \
+		tests/test_upstream_load.py tests/test_poison.py tests/test_certified.py tests/test_loop.py
 	$(BIN)/python -m pytest -s --attack $(VLLM_TESTS)
 
 wheel: setup

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     admin_port: int = Field(8001, ge=0, le=65535)
     admin_key: str | None = Field(None, min_length=16)
     """Bearer token of the admin port, another one than every data key; None: no admin port."""
+    admin_idle_s: float = Field(1800.0, gt=0, le=86_400)
+    """A session of the console that was not used for so long has to sign in again."""
     audit: Path = Field(default_factory=lambda: state_dir() / "audit.sqlite3")
 
     # What
@@ -133,6 +135,21 @@ class Settings(BaseSettings):
     """Keep prompts and answers: redacted, then encrypted. Without it only a keyed digest of the prompt is kept."""
     log_key: str | None = Field(None, repr=False)
     """What texts are encrypted with: 32 bytes in base64."""
+    log_features: bool = False
+    """Keep a pooled activation vector of sampled sequences, for retraining without any text; needs pyarrow."""
+    features: Path = Field(default_factory=lambda: state_dir() / "features")
+    feature_rate: float = Field(0.01, gt=0, le=1)
+    """Probability that any sequence is kept. Flagged and blocked ones all are; older than `log_days` they go."""
+    feature_band: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Half width in logits of what is near a threshold, where a label is worth most."""
+    feature_band_rate: float = Field(0.2, ge=0, le=1)
+    """Added to `feature_rate` there."""
+    feature_queue: int = Field(256, ge=1)
+    """Sequences that wait to be read again; one more is dropped and counted."""
+    retrain_tenant_share: float = Field(0.1, gt=0, le=1)
+    """Of the weight of all labels: what one API key's requests may have at most when a probe is retrained."""
+    retrain_frozen: tuple[str, ...] = ()
+    """Files of labelled rows that a retrained probe is judged on, never fitted."""
     webhook_url: str | None = Field(None, pattern=r"^https?://")
     webhook_queue: int = Field(1_000, ge=1)
     webhook_attempts: int = Field(4, ge=1)

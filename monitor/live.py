@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from monitor.config import Settings
-from monitor.errors import ConfigInvalid, ProbeMismatch
+from monitor.errors import ConfigInvalid, MidstreamError, ProbeMismatch
 from monitor.policy.file import Body, PolicyFile, SecondPolicy, policy_of
 from monitor.policy.resolve import resolve
 from monitor.policy.rule import Policy, Rule
@@ -57,6 +57,11 @@ class LiveProbes:
         body = self.file.bodies.get(policy)
         return None if body is None or body.second is None or body.second.url is None else body.second
 
+    @property
+    def versions(self) -> tuple[tuple[str, str, str], ...]:
+        """(name, version, sha256) of each probe: the same ones are the same set."""
+        return tuple((p.name, p.card.version, p.card.sha256) for p in self.probes)
+
     def under(self, file: PolicyFile) -> LiveProbes:
         """The same probes under another policy. raises: ConfigInvalid if they can't do what it asks"""
         return replace(self, policies=resolve(self.probes, file), file=file)
@@ -102,13 +107,23 @@ def counted(prompt: Prompt) -> list[int]:
     return [p for turn in prompt.turns for p in range(turn.start, turn.end)]
 
 
-def load_live(model: ServedModel, store: Store, settings: Settings, device: str = "cpu") -> LiveProbes:
+def load_live(
+    model: ServedModel,
+    store: Store,
+    settings: Settings,
+    device: str = "cpu",
+    *,
+    chosen: Mapping[str, str] | None = None,
+    file: PolicyFile | None = None,
+    beside: Sequence[StoredProbe] = (),
+) -> LiveProbes:
     """The live version of every probe that the store has for this model.
 
+    chosen: in place of live.json; file: the policy, in place of the settings'; beside: candidates
     raises: ConfigInvalid if there is none or a mode can't be had, ProbeInvalid, ProbeMismatch
     """
     slug = model_slug(model.name)
-    live = store.live(slug)
+    live = store.live(slug, chosen)
     if not live:
         raise ConfigInvalid(
             f"there is no probe for model {slug!r}; train one: midstream train --model {settings.model} "
@@ -117,14 +132,38 @@ def load_live(model: ServedModel, store: Store, settings: Settings, device: str 
     probes = tuple(store.load(slug, name, version) for name, version in live.items())
     for probe in probes:
         _verify(probe, model)
-    return assemble(probes, model.d_model, settings, device)
+    return assemble((*probes, *beside), model.d_model, settings, device, file)
 
 
-def assemble(probes: Sequence[StoredProbe], d_model: int, settings: Settings, device: str = "cpu") -> LiveProbes:
-    """Stack verified probes and resolve their rules."""
-    weights = [ProbeWeights(p.card.name, p.weight, p.bias) for p in probes]
+def load_candidates(
+    model: ServedModel, store: Store, chosen: Mapping[str, str] | None = None
+) -> tuple[list[StoredProbe], list[str]]:
+    """The versions on trial that are sound and belong to this model, and of each other one why not, in a sentence.
+
+    raises: ConfigInvalid if live.json is damaged
+    """
+    slug, found, refused = model_slug(model.name), list[StoredProbe](), list[str]()
+    for name, version in store.candidates(slug, chosen).items():
+        try:
+            probe = replace(store.load(slug, name, version), candidate=True)
+            _verify(probe, model)
+            found.append(probe)
+        except MidstreamError as error:
+            refused.append(f"candidate {name} {version} is left out: {error}")
+    return found, refused
+
+
+def assemble(
+    probes: Sequence[StoredProbe],
+    d_model: int,
+    settings: Settings,
+    device: str = "cpu",
+    file: PolicyFile | None = None,
+) -> LiveProbes:
+    """Stack verified probes and resolve their rules. file: the policy, in place of the settings'"""
+    weights = [ProbeWeights(p.name, p.weight, p.bias) for p in probes]
     bank = ProbeBank(weights, d_model, device)
-    file = policy_of(settings)
+    file = policy_of(settings) if file is None else file
     return LiveProbes(tuple(probes), bank, resolve(probes, file), file)
 
 

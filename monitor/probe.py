@@ -90,6 +90,13 @@ class ProbeBank:
         """K, the columns."""
         return len(self.names)
 
+    def same(self, other: ProbeBank) -> bool:
+        """Whether its columns are the other's, number by number."""
+        if (self.names, self.layers) != (other.names, other.layers):
+            return False
+        pairs = ((self.weight, other.weight), (self.bias, other.bias), (self.reads, other.reads))
+        return self is other or all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
     def combine(self, per_layer: Tensor) -> Tensor:
         """(n_layers, n_tokens, K) float32 of one product per layer -> (n_tokens, K) logits.
 

@@ -70,7 +70,7 @@ class Watch:
         self.escalations: list[Escalation] = []
         self.created = time.time()
         self._second = second or Second()
-        self._prompt = [PromptTrack(r) for r in rules if r.phase is Phase.PROMPT]
+        self._prompt = [PromptTrack(r.at(self.n_prompt)) for r in rules if r.phase is Phase.PROMPT]
         self._answer = AnswerTracks([r for r in rules if r.phase is Phase.RESPONSE], self.n_prompt)
         self._tracks: list[AnyTrack] = [*self._prompt, *self._answer.tracks]
         self._width = max((r.column + r.n_columns for r in rules), default=1)

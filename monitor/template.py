@@ -63,6 +63,19 @@ class ChatTemplate:
         first = next((i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= cut), len(ids))
         return self._prompt(ids, first, "chat")
 
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text whose ids `encode` gives. raises: RequestInvalid as there"""
+        if not self.has_chat:
+            raise RequestInvalid("this model has no chat template; use /v1/completions", "messages")
+        return self._render(messages, generate=True)
+
+    def pieces(self, text: str, specials: bool) -> list[str]:
+        """What each token of a text stands for in it; together they are the text. A letter of several tokens is its
+        first one's. specials: with those that the tokenizer adds, which stand for nothing"""
+        spans = self.tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)["offset_mapping"]
+        ends = [0, *itertools.accumulate((end for _, end in spans), max)]
+        return [text[start:end] for start, end in itertools.pairwise(ends)]
+
     def history_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """What precedes the newest turn, as ids: for a prompt that somebody else has rendered. Empty if unknown."""
         try:

@@ -17,6 +17,15 @@ Cause = Literal["not_finite", "gap", "missing_rows", "missing_probe"]
 """Why a token has no score: NaN or infinite; rows skipped; fewer rows than tokens; a probe that is scored no more."""
 
 
+CANDIDATE_MARK = "@"
+"""`probe@v2` is version 2 of a probe, served in shadow beside the live one; no name in a store has the mark."""
+
+
+def is_candidate(probe: str) -> bool:
+    """Whether this is no probe of the policy's but a version on trial: it is never told to a client."""
+    return CANDIDATE_MARK in probe
+
+
 class Phase(enum.StrEnum):
     PROMPT = "prompt"
     RESPONSE = "response"

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -65,41 +68,23 @@ def rows_needed(alpha: float, delta: float = DELTA) -> int:
     return math.ceil(math.log(delta) / math.log1p(-alpha))
 
 
-class Calibration(BaseModel):
-    """The highest benign values of one phase, on the statistic that is served, per request.
-
-    n: benign requests scored; tail: their highest values, descending; enough for any alpha up to `max_alpha`
-    """
+class _Tail(BaseModel):
+    """n: benign requests scored; tail: their highest values, descending"""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(ge=1, le=10**9)
     tail: tuple[float, ...] = Field(min_length=1)
-    source: str
-    """What the benign requests were, in words."""
-    deciles: tuple[float, ...] = ()
-    """The inner tenths of the benign values, ascending: what live ones are compared with. Older cards have none."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Calibration:
+    def _in_order(self) -> Self:
         if any(not math.isfinite(v) for v in self.tail):
             raise ValueError("tail holds a value that is not finite")
         if list(self.tail) != sorted(self.tail, reverse=True):
             raise ValueError("tail is not in descending order")
         if len(self.tail) > self.n:
             raise ValueError("tail is longer than n")
-        if self.deciles and (len(self.deciles) != 9 or list(self.deciles) != sorted(self.deciles)):
-            raise ValueError("deciles must be nine values in ascending order")
         return self
-
-    @classmethod
-    def fit(cls, benign: Sequence[float], source: str, max_alpha: float = 0.1) -> Calibration:
-        """benign: one finite value per benign request."""
-        if not all(math.isfinite(v) for v in benign):
-            raise ValueError("a benign value is not finite; leave requests without a value out, and say so")
-        keep = max(1, math.ceil(max_alpha * len(benign)) + 1)
-        deciles = np.quantile(benign, np.arange(1, 10) / 10).tolist() if benign else ()
-        return cls(n=len(benign), tail=tuple(sorted(benign, reverse=True)[:keep]), source=source, deciles=deciles)
 
     def threshold(self, alpha: float, delta: float = DELTA) -> float:
         """Flag strictly above it: with confidence 1 - delta, at most `alpha` of requests like these are flagged.
@@ -124,3 +109,89 @@ class Calibration(BaseModel):
         if above == len(self.tail) and above < self.n:
             return None
         return _upper(above, self.n, delta)
+
+
+class Bucket(_Tail):
+    """Benign prompts of some lengths. up_to: tokens of the longest that belongs here, template and all"""
+
+    up_to: int = Field(ge=1)
+
+    def __add__(self, longer: Bucket) -> Bucket:
+        """Both; of the values those that no value left out by either lies between."""
+        floor = max((b.tail[-1] for b in (self, longer) if len(b.tail) < b.n), default=-math.inf)
+        tail = sorted((v for v in (*self.tail, *longer.tail) if v >= floor), reverse=True)
+        return Bucket(n=self.n + longer.n, tail=tuple(tail), up_to=longer.up_to)
+
+
+class Calibration(_Tail):
+    """The highest benign values of one phase, on the statistic that is served, per request: enough for any alpha up to
+    `max_alpha`."""
+
+    source: str
+    """What the benign requests were, in words."""
+    deciles: tuple[float, ...] = ()
+    """The inner tenths of the benign values, ascending: what live ones are compared with. Older cards have none."""
+    buckets: tuple[Bucket, ...] = ()
+    """The same prompts by length, shortest first, in powers of two. Older cards and answers have none."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Calibration:
+        if self.deciles and (len(self.deciles) != 9 or list(self.deciles) != sorted(self.deciles)):
+            raise ValueError("deciles must be nine values in ascending order")
+        ends = [b.up_to for b in self.buckets]
+        if self.buckets and (ends != sorted(set(ends)) or sum(b.n for b in self.buckets) != self.n):
+            raise ValueError("buckets must ascend, and hold the n requests together")
+        return self
+
+    @classmethod
+    def fit(
+        cls, benign: Sequence[float], source: str, max_alpha: float = 0.1, lengths: Sequence[int] = ()
+    ) -> Calibration:
+        """benign: one finite value per benign request; lengths: its tokens, for thresholds by length"""
+        if not all(math.isfinite(v) for v in benign):
+            raise ValueError("a benign value is not finite; leave requests without a value out, and say so")
+        if lengths and len(lengths) != len(benign):
+            raise ValueError(f"{len(benign)} values and {len(lengths)} lengths don't belong together")
+        deciles = np.quantile(benign, np.arange(1, 10) / 10).tolist() if benign else ()
+        powers = [max(0, math.ceil(math.log2(n))) for n in lengths]
+        buckets = []
+        for power in sorted(set(powers)):
+            values = [v for v, p in zip(benign, powers, strict=True) if p == power]
+            buckets.append(Bucket(n=len(values), tail=_highest(values, max_alpha), up_to=2**power))
+        tail = _highest(benign, max_alpha)
+        return cls(n=len(benign), tail=tail, source=source, deciles=deciles, buckets=tuple(buckets))
+
+    def between(self, shorter: int, up_to: int) -> Bucket:
+        """The prompts of more than `shorter` and at most `up_to` tokens. raises: ValueError if there are none"""
+        found = [b for b in self.buckets if shorter < b.up_to <= up_to]
+        if not found:
+            raise ValueError(f"no benign request has more than {shorter} and at most {up_to} tokens")
+        return reduce(add, found)
+
+    def by_length(self, alpha: float, delta: float = DELTA) -> tuple[tuple[int, float], ...]:
+        """(tokens up to which it holds, threshold) by length, shortest first: each certified by prompts of its lengths
+        alone (Mondrian). Buckets with too few rows for that are joined with the next longer ones, the last ones with
+        what comes before. Longer prompts than any here are nothing that a row says something about.
+
+        raises: ValueError as `threshold`, or if the card does not know the lengths
+        """
+        if not self.buckets:
+            raise ValueError("the card knows no lengths of its benign requests; train it again for `by_length`")
+        joined: list[Bucket] = []
+        whole = True  # the last of them has rows enough
+        for bucket in self.buckets:
+            if whole:
+                joined.append(bucket)
+            else:
+                joined[-1] += bucket
+            whole = joined[-1].n >= rows_needed(alpha, delta)
+        if not whole and len(joined) > 1:
+            last = joined.pop()
+            joined[-1] += last
+        return tuple((b.up_to, b.threshold(alpha, delta)) for b in joined)
+
+
+def _highest(values: Sequence[float], max_alpha: float) -> tuple[float, ...]:
+    """For the thresholds of rates up to `max_alpha`."""
+    keep = max(1, math.ceil(max_alpha * len(values)) + 1)
+    return tuple(sorted(values, reverse=True)[:keep])

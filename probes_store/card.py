@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,6 +41,11 @@ class DataFile(_Part):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     rows: int = Field(ge=0)
     positive: int = Field(ge=0)
+    license: str = ""
+    """Of its rows, as the recipe says; empty: it does not say."""
+    used: dict[str, int] = Field(default_factory=dict)
+    """How many of them were fitted on (`fit`), calibrated on and held out (`test`); the others were repeats, or left
+    out. Older cards don't say."""
 
 
 class Canary(_Part):
@@ -109,6 +115,18 @@ class Card(_Part):
     """Of probe.safetensors."""
     base_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Of base.safetensors, the moments of its training rows. Older probes have none."""
+
+    @property
+    def retrained(self) -> dict[str, Any]:
+        """What it was made of, if it went on from another version with labels of traffic; else empty."""
+        found = self.fit.get("retrained")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def seen_until(self) -> float:
+        """Labels up to then are in it, in seconds since the epoch; one not made of traffic has seen none before it."""
+        until = self.retrained.get("until")
+        return datetime.fromisoformat(self.created).timestamp() if until is None else float(until)
 
     def probability(self, value: float) -> float:
         """Of a prompt's value, in chat: calibrated where the card can, else the logistic function of the logit."""

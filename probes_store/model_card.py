@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from probes_store.card import Card
+from probes_store.card import Card, DataFile
 from probes_store.describe import certified, figures
 from probes_store.store import StoredProbe
 
@@ -36,7 +36,9 @@ def model_card(probe: StoredProbe) -> str:
         "## Measured",
         _metrics(card),
         "## Data",
-        _table(("file", "rows", "positive", "sha256"), ((d.file, d.rows, d.positive, d.sha256) for d in card.data))
+        _table(
+            ("file", "licence", "rows", "positive", "fitted / calibrated / held out", "sha256"), map(_file, card.data)
+        )
         if card.data
         else "The card names no data.",
         "## Use",
@@ -47,6 +49,11 @@ def model_card(probe: StoredProbe) -> str:
         "requests are flagged more often. It fits this model, chat template and position rule only.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _file(data: DataFile) -> tuple[object, ...]:
+    used = " / ".join(str(data.used.get(part, 0)) for part in ("fit", "calibrate", "test")) if data.used else "-"
+    return data.file, data.license or "-", data.rows, data.positive, used, data.sha256
 
 
 def _header(card: Card) -> dict[str, Any]:

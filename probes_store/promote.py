@@ -1,6 +1,7 @@
-"""Promote and roll back: which version of a probe is live. live.json is replaced whole or not at all.
+"""Promote, roll back, try in shadow: which versions of a probe are served. live.json is replaced whole or not at all.
 
-Beside the version in service it keeps the one before, under `model/probe@previous`, to go back to.
+Beside the version in service it keeps the one before, under `model/probe@previous`, to go back to, and the one on
+trial, under `model/probe@candidate`. Running servers notice a change within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -9,38 +10,40 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from monitor.errors import ConfigInvalid, ProbeInvalid, ProbeMismatch
 from probes_store.card import Card
-from probes_store.store import Store, model_slug
+from probes_store.store import CANDIDATE, PREVIOUS, Store, model_slug
+
+Tried = Callable[[Mapping[str, str]], None]
+"""Told what live.json would say, before it is written; what it raises keeps the old one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """live: the version that is served from the next start on; previous: the one to go back to, if there is one"""
+    """live: the version that is served; previous: the one to go back to, candidate: the one in shadow, if there is"""
 
     probe: str
     live: str
     previous: str | None
+    candidate: str | None = None
 
 
-def promote(store: Store, model: str, probe: str, version: str, other_model: bool = False) -> Choice:
+def promote(
+    store: Store, model: str, probe: str, version: str, other_model: bool = False, tried: Tried | None = None
+) -> Choice:
     """Make a version live; the one before is kept to go back to.
 
     other_model: the model itself was changed, so the card need not agree with the version that is live now
     raises: ConfigInvalid if there is no such version or live.json can't be written, ProbeInvalid if the version is
-    damaged, ProbeMismatch if it belongs to another model
+    damaged, ProbeMismatch if it belongs to another model; what `tried` raises
     """
-    card = store.load(model, probe, version).card
-    if model_slug(card.model.name) != model:
-        raise ProbeMismatch(
-            f"{probe} {version} lies under {model!r}, its card is for {card.model.name!r}; train it again"
-        )
-    with _editing(store) as chosen:
+    card = _of_model(store, model, probe, version)
+    with _editing(store, tried) as chosen:
         before = _serving(store, chosen, model, probe)
         if before is not None and not other_model:
             with suppress(ProbeInvalid):  # a damaged version is what one promotes away from
@@ -48,13 +51,13 @@ def promote(store: Store, model: str, probe: str, version: str, other_model: boo
         return _choose(chosen, model, probe, version, before)
 
 
-def rollback(store: Store, model: str, probe: str) -> Choice:
+def rollback(store: Store, model: str, probe: str, tried: Tried | None = None) -> Choice:
     """Go back to the version that was live before; once more comes back again.
 
-    raises: ConfigInvalid if none is kept, ProbeInvalid if it is damaged
+    raises: ConfigInvalid if none is kept, ProbeInvalid if it is damaged; what `tried` raises
     """
-    with _editing(store) as chosen:
-        version = chosen.get(f"{model}/{probe}@previous")
+    with _editing(store, tried) as chosen:
+        version = chosen.get(f"{model}/{probe}{PREVIOUS}")
         if version is None:
             raise ConfigInvalid(
                 f"no earlier version of {probe!r} is kept for {model!r}; "
@@ -62,6 +65,27 @@ def rollback(store: Store, model: str, probe: str) -> Choice:
             )
         store.load(model, probe, version)
         return _choose(chosen, model, probe, version, _serving(store, chosen, model, probe))
+
+
+def shadow(store: Store, model: str, probe: str, version: str | None, tried: Tried | None = None) -> Choice:
+    """Serve a version in shadow beside the live one, in place of the candidate before; None: serve none.
+
+    raises: as `promote`, and ConfigInvalid for the version that is live
+    """
+    card = None if version is None else _of_model(store, model, probe, version)
+    with _editing(store, tried) as chosen:
+        key, live = f"{model}/{probe}", _serving(store, chosen, model, probe)
+        if live is None:
+            raise ConfigInvalid(f"there is no probe {probe!r} for model {model!r}; see `midstream probes`")
+        if card is None:
+            chosen.pop(key + CANDIDATE, None)
+        elif card.version == live:
+            raise ConfigInvalid(f"{probe} {live} is live; name another version to try beside it")
+        else:
+            with suppress(ProbeInvalid):
+                _same_model(card, store.load(model, probe, live).card)
+            chosen[key], chosen[key + CANDIDATE] = live, card.version
+        return _told(chosen, model, probe, live)
 
 
 def pin(store: Store, model: str, probe: str) -> None:
@@ -74,6 +98,15 @@ def pin(store: Store, model: str, probe: str) -> None:
             chosen.setdefault(f"{model}/{probe}", version)
 
 
+def _of_model(store: Store, model: str, probe: str, version: str) -> Card:
+    card = store.load(model, probe, version).card
+    if model_slug(card.model.name) != model:
+        raise ProbeMismatch(
+            f"{probe} {version} lies under {model!r}, its card is for {card.model.name!r}; train it again"
+        )
+    return card
+
+
 def _serving(store: Store, chosen: dict[str, str], model: str, probe: str) -> str | None:
     versions = store.versions(model, probe)
     version = chosen.get(f"{model}/{probe}", next(reversed(versions), None))
@@ -84,8 +117,15 @@ def _choose(chosen: dict[str, str], model: str, probe: str, version: str, before
     key = f"{model}/{probe}"
     chosen[key] = version
     if before not in (None, version):
-        chosen[f"{key}@previous"] = str(before)
-    return Choice(probe, version, chosen.get(f"{key}@previous"))
+        chosen[key + PREVIOUS] = str(before)
+    if chosen.get(key + CANDIDATE) == version:  # its trial is over
+        del chosen[key + CANDIDATE]
+    return _told(chosen, model, probe, version)
+
+
+def _told(chosen: dict[str, str], model: str, probe: str, live: str) -> Choice:
+    key = f"{model}/{probe}"
+    return Choice(probe, live, chosen.get(key + PREVIOUS), chosen.get(key + CANDIDATE))
 
 
 def _same_model(card: Card, live: Card) -> None:
@@ -105,7 +145,7 @@ def _same_model(card: Card, live: Card) -> None:
 
 
 @contextmanager
-def _editing(store: Store) -> Iterator[dict[str, str]]:
+def _editing(store: Store, tried: Tried | None = None) -> Iterator[dict[str, str]]:
     """live.json's content, to change; written when the block ends well. One process at a time."""
     if store.overlay is None:
         raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
@@ -121,7 +161,12 @@ def _editing(store: Store) -> Iterator[dict[str, str]]:
             raise ConfigInvalid(f"another process is changing {store.overlay / 'live.json'}; try again") from error
         chosen = store.choices()
         yield chosen
-        _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        if tried is not None:
+            tried(chosen)
+        try:
+            _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise ConfigInvalid(f"store {str(store.overlay)!r} can't be written: {error.strerror}") from error
 
 
 def _replace(path: Path, text: str) -> None:

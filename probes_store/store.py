@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from monitor.errors import ConfigInvalid, ProbeInvalid
+from monitor.types import CANDIDATE_MARK
 from probes_store.card import Card
 
 SHIPPED = Path(__file__).parent
+PREVIOUS, CANDIDATE = "@previous", "@candidate"
+"""Behind `model/probe` in live.json: the version to go back to, and the one on trial in shadow."""
 BASE = "base.safetensors"
 """Beside the weights, of probes that have it: see probes_store.base."""
 MAX_FILE_BYTES = 256 * 2**20
@@ -38,7 +41,8 @@ _VERSION = re.compile(r"^v[0-9]{1,6}$")
 class StoredProbe:
     """A verified probe. weight: per layer (d_model,) float32, finite, or (k, d_model) of k projections, and k biases
 
-    shipped: it lies in the wheel's store
+    shipped: it lies in the wheel's store; candidate: it is served on trial, beside the live version
+    heir: it went on from a version of a shipped probe, so it stands where that stood
     """
 
     card: Card
@@ -46,6 +50,13 @@ class StoredProbe:
     bias: float | tuple[float, ...]
     shipped: bool
     path: Path
+    candidate: bool = False
+    heir: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in service: a candidate by its version too."""
+        return self.card.name + (f"{CANDIDATE_MARK}{self.card.version}" if self.candidate else "")
 
 
 def model_slug(name: str) -> str:
@@ -72,6 +83,9 @@ class Store:
                 found |= {p.name: p for p in folder.iterdir() if p.is_dir() and _VERSION.match(p.name)}
         return dict(sorted(found.items(), key=lambda item: int(item[0][1:])))
 
+    def newest(self, model: str, probe: str) -> str | None:
+        return next(reversed(self.versions(model, probe)), None)
+
     def probes(self, model: str) -> list[str]:
         names: set[str] = set()
         for root in (self.shipped, self.overlay):
@@ -80,9 +94,9 @@ class Store:
                 names |= {p.name for p in folder.iterdir() if p.is_dir() and self.versions(model, p.name)}
         return sorted(names)
 
-    def live(self, model: str) -> dict[str, str]:
-        """Probe -> the version to serve: what live.json says, else the newest."""
-        chosen = self.choices()
+    def live(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Probe -> the version to serve: what live.json says, else the newest. chosen: in place of live.json"""
+        chosen = self.choices() if chosen is None else chosen
         result = {}
         for probe in self.probes(model):
             versions = self.versions(model, probe)
@@ -94,6 +108,13 @@ class Store:
                 )
             result[probe] = version
         return result
+
+    def candidates(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Probe -> the version that is on trial beside the live one, one at most; it may be missing from the store."""
+        chosen = self.choices() if chosen is None else chosen
+        live = self.live(model, chosen)
+        found = [(probe, chosen.get(f"{model}/{probe}{CANDIDATE}", live[probe])) for probe in live]
+        return {probe: version for probe, version in found if version != live[probe]}
 
     def choices(self) -> dict[str, str]:
         """What live.json says, empty without one. raises: ConfigInvalid if it is damaged"""
@@ -119,6 +140,8 @@ class Store:
         stored = read_folder(folder, shipped=folder.is_relative_to(self.shipped))
         if (stored.card.name, stored.card.version) != (probe, version):
             raise ProbeInvalid(f"{folder}: the card says {stored.card.name} {stored.card.version}; publish it again")
+        if not stored.shipped and stored.card.retrained and (self.shipped / model / probe).is_dir():
+            return replace(stored, heir=True)
         return stored
 
     def publish(

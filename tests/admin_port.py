@@ -7,8 +7,8 @@ import socket
 import threading
 from collections import Counter
 
-from monitor.api.admin import Operations, create_admin
-from monitor.api.second_port import second_port
+from monitor.api.admin.app import Operations, create_admin
+from monitor.api.admin.port import second_port
 from monitor.audit import Audit
 from monitor.config import load_settings
 from monitor.metrics import Metrics
@@ -103,14 +103,22 @@ class FakeTracer(Broken):
 class AdminPort:
     """The admin port in a thread of its own, over fakes; `calls` is what reached them."""
 
-    def __init__(self, folder, **settings):
+    def __init__(self, folder, desk=None, probes=None, **settings):
         self.calls, self.clock, self.limited = [], Clock(), []
         self.audit = Audit(folder / "audit.sqlite3")
         self._outcomes = Counter()
         self.offenders = Offenders(Metrics().key_events, lambda event: None)
         self.policies, self.keys, self.tracer = (k(self.calls) for k in (FakePolicies, FakeKeys, FakeTracer))
         self.operations = Operations(
-            self.engine, self.policies, self.keys, self.records, self.audit, self.offenders, self.tracer
+            self.engine,
+            self.policies,
+            self.keys,
+            self.records,
+            self.audit,
+            self.offenders,
+            self.tracer,
+            probes=probes,
+            desk=desk,
         )
         self.settings = load_settings(**settings)
         self.host = self.settings.admin_host

@@ -98,9 +98,10 @@ class Reply:
     def _take(self, choice: dict[str, Any]) -> None:
         index = choice["index"]
         part = choice.get("delta", choice.get("message", {"content": choice.get("text")}))
-        assert not (self.finishes.get(index) and (part.get("content") or choice["finish_reason"])), "after its finish"
+        finish = choice.get("finish_reason")  # an upstream of another make may leave out what is null
+        assert not (self.finishes.get(index) and (part.get("content") or finish)), "after its finish"
         self.texts[index] = self.texts.get(index, "") + (part.get("content") or "")
-        self.finishes.setdefault(index, []).extend([choice["finish_reason"]] if choice["finish_reason"] else [])
+        self.finishes.setdefault(index, []).extend([finish] if finish else [])
         logprobs = choice.get("logprobs") or {}
         spelled = [t["token"] for t in logprobs.get("content") or ()] + list(logprobs.get("tokens") or ())
         self.tokens.setdefault(index, []).extend(spelled)

@@ -278,7 +278,7 @@ class Policed:
         assert (c.response_tokens, c.response_scored, c.final_unscored) == (AT - 1, AT - 1, 0)
 
     def test_a_request_of_an_operators_own_is_followed_token_by_token(self, policed):
-        from monitor.api.tracing import Tracing
+        from monitor.api.admin.tracing import Tracing
 
         server = policed(policy())
         tracing = Tracing(server.scorer, server.model.template, lambda: ["soft"], server.model.name)

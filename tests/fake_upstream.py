@@ -71,6 +71,9 @@ class FakeUpstream:
             leaving = asyncio.ensure_future(self._leaving(reader, asked))
             try:
                 await self._play(self.answer(asked), writer, leaving)
+            except ConnectionError:  # a write has found out before the reading did
+                self._left(asked)
+                raise
             finally:
                 leaving.cancel()
         except (asyncio.CancelledError, ConnectionError):
@@ -92,7 +95,10 @@ class FakeUpstream:
     async def _leaving(self, reader, asked):
         with contextlib.suppress(ConnectionError):
             await reader.read(1)
-        asked.left = time.monotonic()
+        self._left(asked)
+
+    def _left(self, asked):
+        asked.left = asked.left or time.monotonic()
         asked.closed.set()
 
     async def _play(self, steps, writer, leaving):

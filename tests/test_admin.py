@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from monitor.api.admin import MAX_TRACES
-from monitor.api.admin_guard import ALL_ROWS_PER_MINUTE, MAX_BODY_BYTES, ROWS_PER_MINUTE, WRONG_PER_MINUTE
+from monitor.api.admin.app import MAX_TRACES
+from monitor.api.admin.guard import ALL_ROWS_PER_MINUTE, MAX_BODY_BYTES, ROWS_PER_MINUTE, WRONG_PER_MINUTE
 from monitor.errors import ConfigInvalid, Overloaded, RequestInvalid
 from monitor.types import Action
 

@@ -200,7 +200,7 @@ def test_of_a_list_of_prompts_the_400_names_the_index(tiny, serve):
 
 
 def test_missing_scores_fail_closed_with_503_and_retry_after(server):
-    server.engine._tap.detach()
+    server.engine._sets.current.tap.detach()
     for stream in (False, True):
         response = server.post("/v1/chat/completions", {"messages": user("x"), "stream": stream})
         assert response.status_code == 503 and response.headers["retry-after"]
@@ -281,7 +281,7 @@ def test_a_stream_whose_scores_go_missing_ends_with_an_error_and_no_done(server)
         lines = response.iter_lines()
         for _ in range(6):
             next(lines)
-        server.engine._tap.detach()
+        server.engine._sets.current.tap.detach()
         rest = [line for line in lines if line]
     assert "[DONE]" not in rest[-1] and json.loads(rest[-1][6:])["error"]["code"] == "unavailable"
     record = server.sink.wait(1)[0]

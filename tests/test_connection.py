@@ -1,9 +1,12 @@
 """Connections over real sockets: slow readers (T10), slow senders (T11), headers, pipelines, a client that leaves."""
 
 import contextlib
+import fcntl
 import select
 import selectors
 import socket
+import struct
+import termios
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,12 +48,17 @@ def normal_clients(server, clients, n, every_s):
     return gaps
 
 
+def unread(descriptor):
+    """Bytes that have come and wait to be read."""
+    return struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0]
+
+
 def t10(server, deadline_s, slow, normal, seconds, every_s=0.05):
     n = int(seconds / every_s)
     before, gone = server.limited("write"), server.measured()["gone"]
     alone = normal_clients(server, normal, int(min(seconds, 10) / every_s), every_s)
     memory = server.memory()
-    poll, sent, closed = select.poll(), {}, {}
+    poll, sent, closed, grown_at, stuck = select.poll(), {}, {}, {}, []
     for _ in range(slow):
         raw = server.connect()
         raw.sendall(whole({"events": 100_000, "bytes": 16_000, "every_s": 0}))
@@ -60,9 +68,14 @@ def t10(server, deadline_s, slow, normal, seconds, every_s=0.05):
     def watch():
         deadline = time.monotonic() + deadline_s + 60
         while len(closed) < slow and time.monotonic() < deadline:
+            for descriptor in sent.keys() - closed.keys():
+                waits = unread(descriptor)
+                if waits > grown_at.get(descriptor, (0, 0.0))[0]:
+                    grown_at[descriptor] = waits, time.monotonic()
             for descriptor, _ in poll.poll(200):
                 poll.unregister(descriptor)
                 closed[descriptor] = time.monotonic() - sent[descriptor][1]
+                stuck.append(time.monotonic() - grown_at[descriptor][1])
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -78,7 +91,8 @@ def t10(server, deadline_s, slow, normal, seconds, every_s=0.05):
     assert held <= 64 * 2**10 and grown <= 64
     until(lambda: server.measured()["gone"] == gone + slow)  # the application was told of each
     print(
-        f"\nT10: {slow} slow readers closed after {min(closed.values()):.1f} to {max(closed.values()):.1f} s; "
+        f"\nT10: {slow} slow readers closed after {min(closed.values()):.1f} to {max(closed.values()):.1f} s, "
+        f"{min(stuck):.1f} to {max(stuck):.1f} s after the last byte that moved; "
         f"at most {held / 1024:.0f} KiB waited for one; memory +{grown:.1f} MiB; "
         f"{normal} normal clients' p99 per token {percentile(together, 0.99) * 1e3:.1f} ms, "
         f"alone {percentile(alone, 0.99) * 1e3:.1f} ms"

@@ -241,7 +241,7 @@ def test_a_step_that_raises_ends_everything_loudly(tiny, engine_of):
 def test_a_tap_that_is_removed_makes_every_request_unmonitored(tiny, engine_of):
     engine, sink, _ = engine_of(mode=Mode.BLOCK, threshold=1e9)
     assert answer(ask(engine, chat(tiny, "a"), "a"))[1] != ["unmonitored"]
-    engine._tap.detach()
+    engine._sets.current.tap.detach()
     texts, finishes, tokens = answer(ask(engine, chat(tiny, "b"), "b"))
     assert (texts, finishes, tokens) == ([""], ["unmonitored"], [0])
     assert sink.wait(2)[1].coverage.unmonitored > 0

@@ -21,15 +21,15 @@ from training import pairs_made
 from training.data import EVALUATE_ONLY
 from training.experiment import residual_stream
 from training.recipe import Recipe, gather
-from training.report import Options, evaluate
-from training.report_sets import ANSWER_SETS, PROMPT_SETS
+from training.report.made import Options, evaluate
+from training.report.sets import ANSWER_SETS, PROMPT_SETS
 
 ROOT = Path(__file__).parent.parent
 FILES = {f"{name}.jsonl" for name in EVALUATE_ONLY}
 # module -> functions that may open one. The experiment's page shows its probes off their distribution, when all are
 # fitted; `_evaluate` is where training hands over to the report.
 READERS = {
-    "training.report_sets": {"read_set", "read_exchanges"},
+    "training.report.sets": {"read_set", "read_exchanges"},
     "training.experiment": {"_public"},
 }
 opened: list[tuple[str, bool]] = []
@@ -75,6 +75,7 @@ def folder(tmp_path_factory):
             {
                 "text": f"{name} {chance.choice(['sea', 'oak'])} {'###' if i % 3 == 0 else '...'} {i}",
                 "label": int(i % 3 == 0),
+                "source": f"s{i % 2}",
             }
             for i in range(300 if name == "train" else 40)
         ]
@@ -83,6 +84,10 @@ def folder(tmp_path_factory):
     sources = "sources: [{file: train.jsonl, calibrate: 0.7, test: 0.2}]\nlayer: 1\nsolver: logistic\n"
     (made / "plain.yaml").write_text(sources)
     (made / "recipe.yaml").write_text(f"{sources}evaluate: [jailbreakbench.jsonl]\n")
+    choice = (
+        "sources: [{file: train.jsonl, by_source: true, test: 0, calibrate: 0}]\nevaluate: [jailbreakbench.jsonl]\n"
+    )
+    (made / "choice.yaml").write_text(choice)
     (made / "settings.yaml").write_text("target_fpr: 0.06\n")  # what so few rows can certify
     return made
 
@@ -129,6 +134,8 @@ def test_no_other_command_opens_any(watch, command, trained, folder):
     train = str(folder / "train.jsonl")
     command("lint", train, model=False, store=False)
     command("harvest", "--data", train, "--out", str(folder / "shards"), "--layers", "all", "--statistics", store=False)
+    recipe = ("--recipe", str(folder / "choice.yaml"), "--data", str(folder))
+    assert "s0" in command("select", *recipe, "--blocks", "all", "--json", store=False).output
     command("gate", f"{trained}@v1", "--data", train, "--target-fpr", "0.03")
     command("probe", "show", trained)
     command("score", "a text")
@@ -182,9 +189,9 @@ def test_no_other_module_names_them():
                     named.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert named == {
         "training.data",
-        "training.report_sets",
-        "training.report_figures",
-        "training.report_charts",
+        "training.report.sets",
+        "training.report.figures",
+        "training.report.charts",
         "training.experiment",
     }
 

@@ -20,8 +20,8 @@ from probes_store.store import Store, model_slug
 from training.load import stem
 from training.metrics import share_above
 from training.recipe import Recipe, gather
-from training.report_attacks import HARD_ROWS, HARMFUL, attack_rows, attack_table, hard_benign, lost
-from training.report_scores import Judge, score_prompts
+from training.report.attacks import HARD_ROWS, HARMFUL, attack_rows, attack_table, hard_benign, lost
+from training.report.scores import Judge, score_prompts
 from training.transforms import TRANSFORMS
 
 MODEL = "smollm2-135m-instruct"

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from monitor import cli_lens
+from monitor.cli import lens as cli_lens
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from training import pairs_made

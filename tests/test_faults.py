@@ -41,9 +41,9 @@ def broken(quiet, serve, random_probe, tmp_path):
         elif fault == "engine dies":
             mends.append(after_clean(module.lm_head, raising))
         elif fault == "tap silent":
-            mends.append(after_clean(module, engine._tap.detach))
+            mends.append(after_clean(module, engine._sets.current.tap.detach))
         else:
-            break_scores(engine._tap, SCORES[fault])
+            break_scores(engine._sets.current.tap, SCORES[fault])
         return server
 
     yield start

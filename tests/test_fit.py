@@ -403,6 +403,20 @@ def test_gather_drops_limits_and_weighs(jsonl, tmp_path):
     assert len(parts["fit"]) == 30
 
 
+def test_the_data_sheet_says_what_each_file_was_used_for(jsonl, tmp_path):
+    jsonl(*labelled(60), name="a.jsonl")
+    jsonl(*labelled(80), name="b.jsonl")  # whose first 60 texts are those of the other
+    sources = (
+        Source(file="a.jsonl", license="MIT", calibrate=0.2, test=0.2),
+        Source(file="b.jsonl", label=0, calibrate=0, test=0),
+    )
+    parts, files = gather(Recipe(sources=sources), tmp_path)
+    assert [(f.file, f.license, f.rows) for f in files] == [("a.jsonl", "MIT", 60), ("b.jsonl", "", 80)]
+    assert sum(files[0].used.values()) == 60 and set(files[1].used) == {"fit"} and files[1].used["fit"] < 20
+    for part, rows in parts.items():
+        assert sum(f.used.get(part, 0) for f in files) == len(rows)
+
+
 @pytest.mark.parametrize(("label", "missing"), [(0, "harmful"), (1, "harmless")])
 def test_gather_needs_both_classes(jsonl, tmp_path, label, missing):
     jsonl(*labelled(20), name="a.jsonl")

@@ -18,7 +18,7 @@ from training.data import LOOKALIKES, PAIRS, Row, read_jsonl, unique
 from training.forms import LONGEST, reformed
 from training.lint import lint
 from training.recipe import Recipe, gather
-from training.report_scores import Judge, score_prompts
+from training.report.scores import Judge, score_prompts
 from training.run import train
 from training.transforms import TRANSFORMS, transformed
 
@@ -75,7 +75,7 @@ def test_copies_are_fitted_and_nothing_else(tmp_path):
     ("given", "says"),
     [
         ({"prompt": {"kind": "mean_last"}}, "aggregation 'ema' can't be had from 2"),
-        ({"prompt": {"kind": "multimax"}}, "multimax is not fitted from a recipe"),
+        ({"prompt": {"kind": "multimax"}}, "multimax is a head's way"),
     ],
     ids=["one phase only", "a head"],
 )

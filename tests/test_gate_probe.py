@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from monitor.cli_gate import gate
+from monitor.cli.gate import gate
 from monitor.errors import ConfigInvalid, ProbeMismatch
 from monitor.probe import ProbeWeights
 from probes_store.calibration import clopper_pearson
@@ -352,6 +352,6 @@ def test_what_can_be_mended_is_said_in_a_line(run, shelf, candidate, options, me
 
 
 def test_help_waits_for_no_model():
-    code = "import sys, monitor.cli_gate; print({'torch', 'sklearn', 'transformers'} & set(sys.modules))"
+    code = "import sys, monitor.cli.gate; print({'torch', 'sklearn', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"

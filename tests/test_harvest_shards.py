@@ -6,14 +6,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from monitor.cli_harvest import Pool, blocks
-from monitor.cli_harvest import harvest as command
+from monitor.cli.harvest import Pool, blocks
+from monitor.cli.harvest import harvest as command
 from monitor.config import cache_dir
+from monitor.engines.embedded.harvest import residual_streams
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, MidstreamError, ProbeMismatch
 from probes_store.moments import Moments
@@ -22,6 +24,7 @@ from training.families import lda
 from training.harvest import Sample, harvest, make_plan, statistics_of, unfinished
 from training.shards import MANIFEST, Harvest, read_manifest, shard_path, write_shard
 from training.statistics import Statistics
+from training.texts import Reader
 
 LAYERS = (0, 2, 3)
 TEXTS = [f"{'red green blue ' * (i % 5)}{i}" for i in range(23)]
@@ -345,6 +348,7 @@ def test_the_command_harvests_and_goes_on(tiny_folder, tmp_path, capsys):
             statistics=True,
             model=str(tiny_folder),
             as_json=True,
+            context=SimpleNamespace(args=[]),
         )
         return json.loads(capsys.readouterr().out)
 
@@ -355,6 +359,29 @@ def test_the_command_harvests_and_goes_on(tiny_folder, tmp_path, capsys):
     assert features.shape == (23, 2, 64) and features.dtype == np.float16 and labels.sum() == 11
     statistics = Statistics.load(tmp_path / "out" / "statistics-last.safetensors")
     assert statistics.pooled(3, 1).n == 11 and statistics.sources == ["rows"]
+
+
+def test_labels_of_answers_are_harvested_at_the_answers(tiny, tiny_folder, tmp_path, capsys):
+    """As `midstream train` reads them; without --answers a row's text is what its label is about."""
+    rows = [{"text": "tell me of the sea", "response": r, "label": i} for i, r in enumerate(("no", "the sea is wide"))]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = {}
+    for answers in (True, False):
+        out = tmp_path / str(answers)
+        asked = {"layers": "1", "pooling": None, "model": str(tiny_folder), "as_json": True}
+        command([str(data)], out, answers=answers, context=SimpleNamespace(args=[]), **asked)
+        found[answers] = Harvest(out).load("mean")[0][:, 0]
+    capsys.readouterr()
+    reader = Reader(tiny, 512)
+    prompts = [reader.labelled(Row(r["text"], r["label"], "s", "g", answer=r["response"])) for r in rows]
+    for index, streams in residual_streams(tiny, prompts, [1]):
+        turn = prompts[index].turns[-1]
+        assert np.abs(found[True][index] - streams[1][turn.start : turn.end].mean(0).numpy()).max() < 1e-5
+    assert np.abs(found[False][0] - found[False][1]).max() == 0, "one text, twice"
+    with pytest.raises(ConfigInvalid, match="1 of 2 rows have no `response`"):
+        data.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "x", "label": 1}))
+        command([str(data)], tmp_path / "c", layers="1", pooling=None, answers=True, model=str(tiny_folder))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from monitor import cli_lens
+from monitor.cli import lens as cli_lens
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, ModelUnsupported
@@ -285,7 +285,11 @@ def run(tiny_folder, tmp_path):
     app.command("lens")(cli_lens.lens)
     app.command("other")(lambda: None)
     common = ["--model", str(tiny_folder), "--store", str(tmp_path / "store")]
-    return lambda *arguments: CliRunner().invoke(app, ["lens", *map(str, arguments), *common], env={"COLUMNS": "120"})
+
+    def go(*arguments, given=None):
+        return CliRunner().invoke(app, ["lens", *map(str, arguments), *common], given, env={"COLUMNS": "120"})
+
+    return go
 
 
 def test_the_command_writes_what_it_was_asked_for(run, tmp_path):
@@ -322,8 +326,25 @@ def test_raw_text_has_no_template(run):
     assert said["tokens"] == ["a", "b", "c"] and said["probes"] == {}
 
 
+def test_a_conversation_comes_from_stdin(run):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    done = run("-", "--conversation", "--json", "--last", 100, given=json.dumps(messages))
+    assert done.exit_code == 0, done.output
+    text = "".join(json.loads(done.stdout)["tokens"])
+    assert text.index("user\nHi") < text.index("assistant\nYo")
+    raw = json.dumps([{"role": "", "content": "ab"}, {"role": "", "content": "cd"}])
+    assert json.loads(run("-", "--conversation", "--json", given=raw).stdout)["tokens"] == ["a", "b", "c", "d"]
+    assert json.loads(run("-", "--raw", "--json", given="abc").stdout)["tokens"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("given", ["{", "7", "[7]", '[{"role": "user"}]', "[" * 100_000])
+def test_what_is_no_conversation_is_said(run, given):
+    assert "--conversation wants JSON like" in str(run("-", "--conversation", given=given).exception)
+
+
 def test_mistakes_are_told_before_the_model_is_loaded(run, tmp_path):
     assert "the text is empty" in str(run("  ").exception)
+    assert "exclude each other" in str(run("x", "--raw", "--conversation").exception)
     assert "there is no folder" in str(run("x", "--html", tmp_path / "none" / "a.html").exception)
 
 

@@ -15,6 +15,7 @@ from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.traffic import (
     Cipher,
+    Filter,
     Label,
     Said,
     TrafficLog,
@@ -32,7 +33,7 @@ from monitor.traffic import (
 )
 from monitor.traffic.database import NEWEST, opened
 from monitor.traffic.tables import metadata
-from monitor.types import Action
+from monitor.types import Action, Phase
 
 from .postgres import Unavailable, postgres
 from .scripted import scripted
@@ -40,6 +41,7 @@ from .test_log_faults import ask
 from .test_log_kill import kill_again_and_again
 from .test_log_queue import FILTERS, plainly, some_records
 from .test_log_text import KEY
+from .test_nearest import check_pages, scattered
 from .test_records import record, until
 
 
@@ -106,6 +108,13 @@ def test_every_filter_is_what_a_plain_look_gives(url):
         if which.labelled is not True:
             found = [e.body["request_id"] for e in review_queue(url, which, 1000)]
             assert found == plainly(every, set(), which), which
+
+
+def test_the_nearest_to_a_threshold_page_by_page(url):
+    scattered(url)
+    for around in (1.0, 0.3, 1e13):
+        check_pages(url, Filter("demo", Phase.PROMPT), around)
+        check_pages(url, Filter("demo", Phase.PROMPT, key="bob", labelled=None), around)
 
 
 def test_the_tables_are_as_they_are_declared_and_only_the_newest_are_kept(url):

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from monitor import cli_observer
+from monitor.cli import observer as cli_observer
 from monitor.config import cache_dir, load_settings
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, ModelUnsupported, ProbeInvalid

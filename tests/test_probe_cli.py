@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from monitor.audit import Audit
 from monitor.cli import main
 from monitor.errors import ConfigInvalid
 from probes_store.card import DataFile, ModelId, Threshold
@@ -137,6 +138,7 @@ def test_the_model_card_has_the_header_that_hubs_read(run, store):
     )  # fmt: skip
     files = (f"hf://org/set@{'a' * 40}/train.csv", "mine.jsonl")
     data = tuple(DataFile(file=file, sha256="1" * 64, rows=3, positive=1) for file in files)
+    data += (DataFile(file="b.jsonl", sha256="2" * 64, rows=9, positive=4, license="MIT", used={"fit": 5, "test": 2}),)
     card = make_card(metrics={"evaluation": {"sets": sets}}, data=data, thresholds=(threshold,))
     store.publish(card, weights(), 0.0)
     header, body = header_of(told(run("probe", "show", "demo", "--markdown")))
@@ -145,7 +147,8 @@ def test_the_model_card_has_the_header_that_hubs_read(run, store):
     (result,) = header["model-index"][0]["results"]
     assert result["dataset"]["name"] == "xstest"
     assert {m["type"]: m["value"] for m in result["metrics"]} == {"recall": 0.62, "roc_auc": 0.87}
-    assert f"| mine.jsonl | 3 | 1 | {'1' * 64} |" in body and "2.00% [1.00%, 3.00%] of 50" in body
+    assert f"| mine.jsonl | - | 3 | 1 | - | {'1' * 64} |" in body and "2.00% [1.00%, 3.00%] of 50" in body
+    assert f"| b.jsonl | MIT | 9 | 4 | 5 / 0 / 2 | {'2' * 64} |" in body
 
 
 def test_text_of_a_card_makes_no_markup_and_a_folder_is_no_base_model(store):
@@ -167,6 +170,7 @@ def test_promote_and_rollback(run, store):
         "probe": "demo",
         "live": "v2",
         "previous": "v1",
+        "candidate": None,
     }
     assert store.live(MODEL) == {"demo": "v2"}
     told(run("probe", "rollback", "demo"))
@@ -380,6 +384,23 @@ def test_what_is_private_stays_private(run, store, hub, monkeypatch):
 def test_help_brings_no_torch():
     """Seconds that `midstream --help` need not wait for."""
     code = (
-        "import sys, monitor.cli_probe, monitor.cli_lint; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
+        "import sys, monitor.cli.probe, monitor.cli.lint; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_a_version_in_shadow_and_the_audit_rows_of_the_command(run, store, tmp_path):
+    told(run("probe", "promote", "demo", "v1"))
+    assert json.loads(told(run("probe", "shadow", "demo", "v2", "--json")))["candidate"] == "v2"
+    assert store.live(MODEL) == {"demo": "v1"} and store.candidates(MODEL) == {"demo": "v2"}
+    refused(run("probe", "shadow", "demo", "v1"), "is live")
+    refused(run("probe", "shadow", "demo"), "--none")
+    told(run("probe", "shadow", "demo", "--none"))
+    assert store.candidates(MODEL) == {}
+    audit = Audit(tmp_path / "state" / "midstream" / "audit.sqlite3")
+    rows = [(r["actor"], r["path"], r["result"]) for r in audit.latest(10)[::-1]]
+    audit.close()
+    assert [r[:2] for r in rows] == [
+        ("cli", f"{what}") for what in ("promote demo v1", "shadow demo v2", "shadow demo v1", "shadow demo none")
+    ]
+    assert [r[2].split(":")[0] for r in rows] == ["done", "done", "refused", "done"]

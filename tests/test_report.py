@@ -10,16 +10,16 @@ import typer
 from typer.testing import CliRunner
 
 from monitor.aggregate import Aggregation
-from monitor.cli_evaluate import evaluate
+from monitor.cli.evaluate import evaluate
 from monitor.errors import ConfigInvalid, ProbeMismatch
 from monitor.probe import ProbeWeights
 from probes_store.store import Store
-from training import report_attacks
 from training.data import read_jsonl
 from training.metrics import share_above
 from training.recipe import Recipe, gather
-from training.report_card import evaluate_sets
-from training.report_scores import Judge, score_prompts
+from training.report import attacks as report_attacks
+from training.report.card import evaluate_sets
+from training.report.scores import Judge, score_prompts
 
 from .conftest import calibrated, make_card
 
@@ -278,7 +278,8 @@ def test_the_cards_figures_are_those_of_the_served_probe(shelf, quiet, star_prob
     )
     parts, _ = gather(recipe, shelf)
     judge = Judge(quiet, probe, Aggregation("max"), Aggregation("max"))
-    found = evaluate_sets(judge, recipe, parts, shelf, threshold)
+    tested = score_prompts(judge, judge.prompts([r.text for r in parts["test"]]), (), lambda n: None).values
+    found = evaluate_sets(judge, recipe, parts, tested.tolist(), shelf, threshold)
     sets = found["sets"]
     assert found["prompt_threshold"] == threshold
     assert list(sets) == ["jailbreakbench", "mitre_frr", "unseen_harmful", "harmless_train", "harmless_test"]

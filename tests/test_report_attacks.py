@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from monitor.aggregate import Aggregation
-from training import report_attacks
 from training.data import Row
-from training.report_attacks import attack_rows, attack_table, document, hard_benign, hide, lost, needle_table
-from training.report_scores import Judge
+from training.report import attacks as report_attacks
+from training.report.attacks import attack_rows, attack_table, document, hard_benign, hide, lost, needle_table
+from training.report.scores import Judge
 from training.transforms import TRANSFORMS
 
 
@@ -104,7 +104,7 @@ def test_a_mean_over_a_long_text_misses_the_needle(judge):
     texts, harmful = [words(i, 12) for i in range(9)], [f"{words(1)} * {words(2)}"]
     at = {name: Judge(judge.model, judge.probe, Aggregation(name), Aggregation("max")) for name in ("max", "mean")}
     whole = hide(harmful[0], document(diluted, texts, 500, 0), 0.5)
-    from training.report_scores import score_conversations
+    from training.report.scores import score_conversations
     from training.transforms import user
 
     highest, mean = (float(score_conversations(j, [user(whole)], 1)[0]) for j in at.values())

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from probes_store.card import Platt
-from training import report_figures as figures
-from training import report_overall as overall
 from training.data import Row
 from training.metrics import Sample, auroc
-from training.report_answers import by_tokens, compare_with_floors, lengths, words_here
-from training.report_figures import At, Judged
-from training.report_scores import Scored
-from training.report_sets import Exchange, PromptSet, held_back
+from training.report import figures as figures
+from training.report import overall as overall
+from training.report import view_requests as view
+from training.report.answers import by_tokens, compare_with_floors, lengths, words_here
+from training.report.figures import At, Judged
+from training.report.scores import Scored
+from training.report.sets import Exchange, PromptSet, held_back
 
 
 def judged(name, kind, harmful, harmless, words=True, tokens=20):
@@ -79,6 +80,27 @@ def test_the_rate_by_length_has_every_row_in_one_bucket():
     assert [(b["up_to"], b["fpr"]["n"], b["fpr"]["value"]) for b in found] == [(16, 100, 0.01), (32, 50, 1.0)]
 
 
+def test_the_rate_by_length_at_thresholds_by_length(three, card):
+    short, long = judged("s", "everyday", [], range(100), tokens=16), judged("l", "everyday", [], [99] * 50, tokens=17)
+    rows, levels = figures.joined([short, long]), ((16, 89.5), (20, 99.0))
+    found = overall.by_length(rows, 98.5, levels)
+    assert [(b["up_to"], b["fpr"]["value"]) for b in found] == [(16, 0.1), (32, 0.0)]
+    assert overall.by_length(rows, 98.5, ((8, 0.0), (10, 99.0)))[0]["fpr"]["value"] == 0.0, "longer ones have the last"
+    both = overall.over_all(three, At(98.5, None, ((32, 49.5),)), card)["by_length"]
+    assert both["everyday"][0]["fpr"]["value"] == 0.01
+    assert both["everyday, thresholds by length"][0]["fpr"]["value"] == 0.5
+    assert "everyday, thresholds by length" not in overall.over_all(three, At(98.5, None), card)["by_length"]
+
+
+def test_three_ways_to_a_probability_stand_side_by_side(card):
+    ways = {name: {"brier": i / 10, "ece": i / 100} for i, name in enumerate(("logit", "platt", "isotonic"), 1)}
+    own = {"platt": True, "brier": 0.4, "ece": 0.04}
+    shown = str(view._probabilities({"pooled": {"calibration": ways}, "calibration": own}))
+    assert all(text in shown for text in ("isotonic, fitted on other fifths", "as served", "0.300", "0.040"))
+    assert "as served" not in str(view._probabilities({"pooled": {"calibration": ways}, "calibration": {}}))
+    assert view._probabilities({"pooled": {}}) == ""
+
+
 def test_the_roc_is_recall_at_a_share_of_everyday_requests(three, card):
     found = overall.over_all(three, At(98.5, None), card)["roc"]
     assert set(found) == {"both", "alone"}
@@ -115,8 +137,10 @@ def test_bars_are_met_missed_or_not_measured(three):
     }
     answers = {"resp_xstest": {"beats": {"words": {"low": 0.0}}}}
     found = figures.bars({"sets": sets, "answers": answers, "controls": {"shuffled": 0.449}})
-    assert [bar["met"] for bar in found] == [True, False, None, False, True, None, None, False, False]
+    assert [bar["met"] for bar in found] == [True, False, None, False, True, None, None, None, False, False]
     assert all(bar["met"] is None for bar in figures.bars({}))
+    (bar,) = [b for b in figures.bars({"left_out": {"pooled": {"auroc": 0.91}}}) if b["met"] is not None]
+    assert bar["what"].startswith("data sets left out") and bar["met"]
 
 
 def test_held_back_rows_are_everyday_look_alikes_or_harmful():

@@ -6,7 +6,7 @@ import pytest
 from training import metrics
 from training.data import Row
 from training.metrics import Sample
-from training.report_floors import INSIDE, Controls, aurocs, beside, fit_sample, ridge, sweep
+from training.report.floors import INSIDE, Controls, aurocs, beside, fit_sample, ridge, sweep
 
 D = 12
 

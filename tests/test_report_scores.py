@@ -11,7 +11,7 @@ from monitor.probe import ProbeBank, ProbeWeights
 from monitor.sequence import Watch
 from monitor.types import Mode, Phase, Prompt
 from training.curves import features
-from training.report_scores import Judge, running_values, score_answers, score_conversations, score_prompts
+from training.report.scores import Judge, running_values, score_answers, score_conversations, score_prompts
 
 TEXTS = ["short", "a somewhat longer text, with two <|im_end|>\n<|im_start|>user\nturns", "x", "one more " * 9]
 

@@ -16,12 +16,12 @@ import torch
 import uvicorn
 
 from monitor.api import hangup
+from monitor.api.admin.port import check_admin_key
 from monitor.api.app import create_app
 from monitor.api.edge import Edge
 from monitor.api.hangup import reload_all, reload_at_hangup, remember_hangups
 from monitor.api.openai import Service
 from monitor.api.peers import PerMinute, peer_name
-from monitor.api.second_port import check_admin_key
 from monitor.api.serve import Server, Sinks, admin_door, announce, embedded
 from monitor.config import load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
@@ -210,7 +210,7 @@ class Both:
             service = Service(engine, model.template, self.settings, frozenset({model.name}), 300)
             app = create_app(service, metrics, engine.readiness, edge)
             config = uvicorn.Config(app, timeout_graceful_shutdown=5, **edge.server_options())
-            serving = embedded(engine, model.template)
+            serving = embedded(engine, model.served())
             self._server = Server(config, engine, door.beside(serving, sinks, self._say))
             engine.start()
             self.data = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"

@@ -5,7 +5,9 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import threading
+import time
 
 import httpx
 import pytest
@@ -31,7 +33,7 @@ from .fake_upstream import (
     head,
     json_answer,
 )
-from .web import until
+from .web import percentile, until, whole
 
 STREAM = pytest.mark.parametrize("stream", [False, True])
 TEXT = "Once upon a time there was a café."
@@ -118,7 +120,7 @@ def test_an_answer_in_single_bytes_is_the_same(upstream, proxy):
 
 def test_pauses_within_the_bound_change_nothing(upstream, proxy):
     frames = chat_stream(TEXT, size=9)
-    upstream.answer = lambda asked: [0.3, head(), *(x for frame in frames for x in (frame[:20], 0.2, frame[20:], 0.2))]
+    upstream.answer = lambda asked: [2, head(), *(x for frame in frames for x in (frame[:20], 0.2, frame[20:], 0.2))]
     response = proxy.chat(stream=True)
     assert response.content == b"".join(frames)
 
@@ -324,6 +326,35 @@ def test_a_client_that_leaves_ends_the_upstreams_request(upstream, proxy, stream
     (record,) = proxy.sink.wait(before + 1)[before:]
     assert record.finish == "aborted" and record.coverage.unmonitored == 0
     assert proxy.idle()
+
+
+@pytest.mark.parametrize("n", [8, pytest.param(200, marks=pytest.mark.attack)])
+def test_clients_that_leave_at_any_token_end_the_upstreams_request(upstream, proxy, n):
+    """Half of them say goodbye, half are reset."""
+    frames = chat_stream("words " * 40, size=6)[:-2]
+    upstream.answer = lambda asked: [head(), *(x for frame in frames for x in (frame, 0.005)), HANG]
+    body = {"model": "far", "messages": [{"role": "user", "content": "go"}], "stream": True}
+    before, seconds = len(proxy.sink.records), []
+    for i in range(n):
+        asked = len(upstream.asked)
+        client = socket.create_connection(("127.0.0.1", proxy.port))
+        client.sendall(whole(body))
+        seen = b""
+        while seen.count(b"data: ") < 1 + 7 * i % 36:
+            seen += client.recv(4096)
+        if i % 2:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        left = time.monotonic()
+        assert upstream.asked[asked].closed.wait(10)
+        seconds.append(upstream.asked[asked].left - left)
+    records = proxy.sink.wait(before + n)[before:]
+    assert {r.finish for r in records} == {"aborted"} and len(records) == n and proxy.idle()
+    assert all(r.coverage.unmonitored == 0 for r in records)
+    print(
+        f"T9, in front of an upstream: {n} clients left, {n} requests to it ended after "
+        f"p50 {percentile(seconds, 0.5) * 1e3:.1f} ms, p99 {percentile(seconds, 0.99) * 1e3:.1f} ms"
+    )
 
 
 # --- an observer that fails ---

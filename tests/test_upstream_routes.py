@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from monitor.types import Action
+from monitor.types import Action, Terms
 
 from .fake_observer import HTTP, Reply, proxying
 from .fake_upstream import DONE, HANG, FakeUpstream, event, head, json_answer, text_chunk
@@ -156,12 +156,45 @@ def test_a_blocked_responses_stream_is_incomplete_and_leaks_nothing(upstream, pr
     assert text == "a" * (p - 1) and "bbb" not in response.text
     assert lines[-1]["type"] == "response.incomplete"
     assert lines[-1]["response"]["incomplete_details"] == {"reason": "content_filter"}
-    assert not any(e["type"].endswith(".done") and e.get("text") for e in lines[4:])
+    assert [e["sequence_number"] for e in lines] == list(range(len(lines)))
+    assert [e["text"] for e in lines if e["type"] == "response.output_text.done"] == [text]
+    assert [e["item"]["status"] for e in lines if e["type"] == "response.output_item.done"] == ["incomplete"]
     assert proxy.records(response)[0].released_tokens == len("so \n") + p - 1
     assert upstream.asked[-1].closed.wait(10)
     final = list(api.responses.create(model="far", input="go", stream=True))[-1]
     assert final.type == "response.incomplete" and final.response.output_text == text
     assert proxy.idle()
+
+
+@pytest.mark.parametrize("p", [1, 2, 7])
+def test_a_policys_text_follows_a_blocked_responses_stream_as_an_item_of_its_own(upstream, p):
+    upstream.answer = lambda asked: [head(), *responds("a" * (p - 1) + "*bbb"), HANG]
+    with (
+        proxying(upstream.url, terms=Terms(replacement="[ended by policy]")) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client,
+    ):
+        events = list(client.responses.create(model="far", input="go", stream=True))
+        assert [e.sequence_number for e in events] == list(range(len(events)))
+        assert events[-1].type == "response.incomplete" and server.idle()
+        *before, own = events[-1].response.output
+        assert [item.content[0].text for item in before] == ["a" * (p - 1)]
+        assert own.content[0].text == "[ended by policy]"
+        opened = [e.output_index for e in events if e.type == "response.output_item.added"]
+        assert opened == [1, 2], "the upstream's message, and ours behind it"
+        ended = [e.item.id for e in events if e.type == "response.output_item.done"]
+        assert ended == [item.id for item in events[-1].response.output]
+        text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        assert text == "a" * (p - 1) + "[ended by policy]"
+        upstream.answer = lambda asked: json_answer(response_of(said("fi*ne")))
+        whole = client.responses.create(model="far", input="go")
+        assert (whole.output_text, whole.status) == ("[ended by policy]", "incomplete")
+
+
+def test_a_piece_of_text_that_is_none_ends_the_answer(upstream, proxy):
+    frames = [*responds("fine")[:6], named("response.output_text.delta", {"item_id": "msg_1", "delta": {"a": "b"}})]
+    upstream.answer = lambda asked: [head(), *frames]
+    response = proxy.post("/responses", {"input": "go", "stream": True})
+    assert '"code":"upstream_unreadable"' in response.text and proxy.idle()
 
 
 def test_a_text_that_no_delta_has_brought_is_judged_too(upstream, proxy):

@@ -1,4 +1,4 @@
-"""`midstream serve --upstream` as an operator starts it: a really exported observer, the command, a scripted endpoint."""
+"""`midstream serve --upstream` as an operator starts it: an exported observer, the command, a scripted endpoint."""
 
 import os
 import subprocess
@@ -52,9 +52,9 @@ def proxy(settings, upstream, tmp_path_factory):
         process = Process(
             tmp_path_factory.mktemp("serve"),
             *("--config", str(config), "--upstream", upstream.url, "--upstream-key-env", "FAR_KEY"),
-            *("--mode", "star.prompt=block", "--mode", "star.response=block", "--api-key", "ours"),
+            *("--mode", "star.prompt=block", "--mode", "star.response=block", "--api-key", "our-own-key"),
         )
-    process.api = openai.OpenAI(base_url=process.url + "/v1", api_key="ours", max_retries=0, timeout=60)
+    process.api = openai.OpenAI(base_url=process.url + "/v1", api_key="our-own-key", max_retries=0, timeout=60)
     yield process
     process.stop()
 

@@ -29,6 +29,8 @@ def test_it_holds_the_shipped_probes_and_pairs_and_nothing_else_of_ours(wheel):
     assert [n for n in names if n.endswith("harmful-intent/v1/card.json")]
     ours = {f"training/{name}.jsonl" for name in ("pairs", "lookalikes", "answers")}
     assert ours | {"training/recipes/harmful-intent.yaml", "monitor/py.typed"} <= set(names)
+    console = Path(ROOT / "monitor/api/admin/console")
+    assert {f"monitor/api/admin/console/{file.name}" for file in console.iterdir() if file.is_file()} <= set(names)
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"monitor", "training", "probes_store"}
 
 

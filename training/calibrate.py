@@ -65,7 +65,8 @@ class Calibrator:
             for form, phases in result.items():
                 usable = prompts if form == "chat" else [r for r in prompts if len(r.text.split()) > 1]
                 values = self.values(usable, f"calibrating prompts ({form})", form)
-                phases[Phase.PROMPT] = Calibration.fit(values, source)
+                lengths = [len(self.reader.prompt(r.text, form).token_ids) for r in usable]
+                phases[Phase.PROMPT] = Calibration.fit(values, source, lengths=lengths)
         # Raw text has no answer in the sense of a dialogue; without a calibration a probe can only shadow it.
         if self.recipe.answers and Phase.RESPONSE in self.recipe.phases:
             result["chat"][Phase.RESPONSE] = self._answers([r.text for r in prompts[: self.recipe.answers]])

@@ -61,14 +61,31 @@ def run_gate(
     store, slug = Store(settings.store), model_slug(settings.model)
     one = _load(store, slug, candidate)
     other = _live(store, slug, one, against)
-    threshold = _threshold(one, target)
-    rows, described = _read(files)
+    _threshold(one, target)  # before the model is loaded
+    rows, described = frozen_rows(files)
     trained = _trained_on(one, folder)
     _refuse_overlap(rows, trained)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):
         dtype = settings.dtype or one.card.model.dtype
         model = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=dtype)
+    floor = None if trained is None else np.array(tfidf_scores(trained["fit"], [r.text for r in rows]))
+    return compare(model, one, other, rows, described, target, floor, console)
+
+
+def compare(
+    model: LoadedModel,
+    one: StoredProbe,
+    other: StoredProbe | None,
+    rows: Sequence[Row],
+    described: tuple[DataFile, ...],
+    target: float,
+    floor: Array | None,
+    console: Console,
+    textless: bool = False,
+) -> Report:
+    """The gate over frozen rows. other: the live probe; textless: see `Evidence`. raises: as `run_gate`"""
+    threshold = _threshold(one, target)
     probes = [one] if other is None else [one, other]
     for probe in probes:
         must_match(probe, model)
@@ -77,10 +94,10 @@ def run_gate(
     values = _values(console, model, one, prompts)
     noise = _noise(model, one, prompts, values)
     labels, groups = np.array([r.label for r in rows]), [r.group for r in rows]
-    floor = None if trained is None else np.array(tfidf_scores(trained["fit"], [r.text for r in rows]))
     live = None if other is None else _values(console, model, other, prompts)
     live_threshold = _threshold(other, target) if other is not None and other.card.calibration else None
-    decision = decide(Evidence(labels, groups, values, threshold, target, live, live_threshold, floor, noise))
+    evidence = Evidence(labels, groups, values, threshold, target, live, live_threshold, floor, noise, textless)
+    decision = decide(evidence)
     sets = {}
     for name in dict.fromkeys(r.key for r in rows):
         at = [i for i, r in enumerate(rows) if r.key == name]
@@ -122,7 +139,7 @@ def _threshold(probe: StoredProbe, target: float) -> float:
         ) from error
 
 
-def _read(files: Sequence[str]) -> tuple[list[Row], tuple[DataFile, ...]]:
+def frozen_rows(files: Sequence[str]) -> tuple[list[Row], tuple[DataFile, ...]]:
     """All rows, no text twice, each with its file's stem as key."""
     rows: list[Row] = []
     described = []

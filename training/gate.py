@@ -41,6 +41,7 @@ class Evidence:
 
     labels: 1 harmful, 0 harmless; groups: rows that belong together; candidate, live: served values; floor: of the
     text floor, fitted on the candidate's training rows; None: there is none to compare with
+    textless: nor can there be: it goes on from the live probe by features, without any text
     noise: largest difference of a value between two runs
     """
 
@@ -53,6 +54,7 @@ class Evidence:
     live_threshold: float | None = None
     floor: Array | None = None
     noise: float = 0.0
+    textless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ def decide(evidence: Evidence) -> Decision:
         checks.append(_difference("AUROC - live's", candidate, Sample.of(e.live, e.labels, e.groups), -MARGIN))
         if e.live_threshold is not None:
             checks.append(_recall(e, e.live, e.live_threshold))
-    if e.floor is None:
+    if e.floor is None and e.textless and e.live is not None:
+        pass  # the live probe was held to it
+    elif e.floor is None:
         note = "the rows that the candidate was trained on are needed for it"
         checks.append(Check("AUROC - text floor's", None, "above 0", Verdict.INCONCLUSIVE, note))
     else:

@@ -1,11 +1,12 @@
 """Texts and conversations -> pooled features at any blocks, in shards that a killed run goes on from.
 
-Same template, positions and tap as serving, by the embedded engine's harvest. What is pooled is the newest turn with
+Same template, positions and tap as serving, by the embedded engine or by vLLM. What is pooled is the newest turn with
 the template's closing tokens, as in `midstream train`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
-from monitor.engines.embedded.harvest import residual_streams
+from monitor.engines.embedded.harvest import span_means
 from monitor.engines.embedded.model import LoadedModel
 from monitor.errors import ConfigInvalid, MidstreamError
+from monitor.reread import Averager
 from monitor.template import POSITION_RULE
-from monitor.types import Prompt
+from monitor.types import Prompt, Turn
 from training.data import Row
 from training.shards import (
     Features,
@@ -38,27 +39,30 @@ from training.statistics import Statistics
 from training.texts import Reader
 
 SHARD_ROWS = 512
-POOL: dict[Pooling, Callable[[Tensor], Tensor]] = {"mean": lambda turn: turn.mean(0), "last": lambda turn: turn[-1]}
-"""(n_counted, d_model) -> (d_model,)"""
+POOL: dict[Pooling, Callable[[Turn], Turn]] = {"mean": lambda turn: turn, "last": lambda t: Turn(t.end - 1, t.end)}
+"""The positions of a turn that are averaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A labelled conversation. messages: (role, content), oldest first; the newest turn is what the label is about"""
+    """A labelled conversation. messages: (role, content), oldest first; the newest turn is what the label is about, or
+    `answer`, an answer to them, where there is one"""
 
     messages: tuple[tuple[str, str], ...]
     label: int
     source: str
+    answer: str = ""
 
     @classmethod
-    def of(cls, row: Row) -> Sample:
-        """A row's text as the user's only message."""
-        return cls((("user", row.text),), row.label, row.source)
+    def of(cls, row: Row, answers: bool = False) -> Sample:
+        """A row's text as the user's only message. answers: the label is about the row's answer to it"""
+        return cls((("user", row.text),), row.label, row.source, row.answer if answers else "")
 
     @property
     def sha256(self) -> str:
         """Of the messages alone: a row keeps it when its label is corrected."""
-        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
+        what = [self.messages, self.answer] if self.answer else self.messages
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def make_plan(
@@ -120,34 +124,38 @@ def harvest(
     folder: Path,
     plan: Plan,
     progress: Callable[[int], None] = lambda n: None,
+    read: Averager | None = None,
 ) -> Harvest:
     """Make the shards that are missing; each is in the manifest as soon as it is on the disk. One run at a time.
 
     plan: of `make_plan` with the same model and samples; progress: called with the number of rows done since
+    read: another engine's, in place of the embedded one
     raises: ConfigInvalid as `unfinished`, or if a sample does not fit into the model's context, or a feature into
     float16; MidstreamError if a feature is not finite
     """
     missing = unfinished(folder, plan)
+    read = read or functools.partial(span_means, model)
     folder.mkdir(parents=True, exist_ok=True)
     done = read_manifest(folder) or Manifest(plan=plan)
     shards = {number: digest for number, digest in done.shards.items() if number not in missing}
     write_manifest(folder, Manifest(plan=plan, shards=shards))
     for number in missing:
-        shard = _make(model, [samples[i] for i in plan.rows_of(number)], plan, progress)
+        shard = _make(model, [samples[i] for i in plan.rows_of(number)], plan, progress, read)
         shards[number] = write_shard(folder, number, shard, plan)
         write_manifest(folder, Manifest(plan=plan, shards=dict(sorted(shards.items()))))
     return Harvest(folder)
 
 
-def _make(model: LoadedModel, samples: Sequence[Sample], plan: Plan, progress: Callable[[int], None]) -> Shard:
+def _make(
+    model: LoadedModel, samples: Sequence[Sample], plan: Plan, progress: Callable[[int], None], read: Averager
+) -> Shard:
     prompts = [_prompt(model, sample, plan.max_text_tokens) for sample in samples]
     shape = len(samples), len(plan.layers), plan.d_model
     features: dict[Pooling, Features] = {pooling: np.empty(shape, dtype=np.float32) for pooling in plan.poolings}
-    for index, streams in residual_streams(model, prompts, plan.layers, progress):
-        turn = prompts[index].turns[-1]
-        for column, layer in enumerate(plan.layers):
-            for pooling, out in features.items():
-                out[index, column] = POOL[pooling](streams[layer][turn.start : turn.end]).numpy()
+    sequences = [(p.token_ids, [POOL[pooling](p.turns[-1]) for pooling in features]) for p in prompts]
+    for index, means in read(sequences, plan.layers, progress):
+        for out, mean in zip(features.values(), means, strict=True):
+            out[index] = mean
     for pooling, out in features.items():
         if not np.isfinite(out).all():
             row = samples[int(np.argwhere(~np.isfinite(out))[0, 0])]
@@ -164,9 +172,11 @@ def _make(model: LoadedModel, samples: Sequence[Sample], plan: Plan, progress: C
 
 
 def _prompt(model: LoadedModel, sample: Sample, max_text_tokens: int) -> Prompt:
-    cut = Reader(model, max_text_tokens).cut
-    messages = [{"role": role, "content": cut(text)} for role, text in sample.messages]
+    reader = Reader(model, max_text_tokens)
+    messages = [{"role": role, "content": reader.cut(text)} for role, text in sample.messages]
     prompt = model.template.encode(messages)
+    if sample.answer:
+        prompt = reader.answered(prompt, sample.answer)
     if not prompt.turns:
         raise ConfigInvalid(f"row {sample.sha256[:16]} of {sample.source!r} has no position that counts; leave it out")
     if len(prompt.token_ids) > model.max_model_len:

@@ -47,6 +47,12 @@ class HeadRecipe:
     beta: float = 0.05
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.heads, self.window, self.steps) < 1 or self.batch < 2:
+            raise ValueError("heads, window and steps must be at least 1, batch at least 2")
+        if not (self.lr > 0 <= self.decay and self.low_fpr >= 0 and 0 < self.beta <= 1):
+            raise ValueError("lr must be above 0, decay and low_fpr at least 0, beta above 0 and at most 1")
+
     @property
     def k(self) -> int:
         """Projections a token."""
@@ -68,6 +74,10 @@ class FittedHead:
     weight: Array
     bias: Array
     details: dict[str, float | int | str]
+
+    @property
+    def method(self) -> str:
+        return f"head_{self.details['pooling']}"
 
     def values(self, texts: Tokens) -> Array:
         """(n,): what is served for each text, if all its tokens are one turn; > 0 leans harmful"""

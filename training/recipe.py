@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from training.data import (
     unique,
 )
 from training.forms import reformed
+from training.heads import HeadRecipe
 from training.load import read_rows, stem
 from training.pairs_made import Made, made
 
@@ -39,6 +41,9 @@ def _text(file: object) -> object:
 
 File = Annotated[str, BeforeValidator(_text)]
 """A path, or an address on a hub, which a Path would spoil."""
+
+
+ClosedForm = Literal["difference_of_means", "lda", "ridge"]
 
 
 class _Part(BaseModel):
@@ -61,6 +66,8 @@ class Source(_Part):
     each: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
+    license: str = ""
+    """Of the file's rows, for the card's data sheet."""
     made: Made | None = None
     answers: bool = False
     forms: int = Field(0, ge=0, le=8)
@@ -83,8 +90,17 @@ class Recipe(_Part):
     """Blocks whose activations are read side by side; None: the middle one."""
     seed: int = 0
     max_text_tokens: int = Field(512, ge=8)
-    solver: Literal["best", "logistic", "adam"] = "best"
+    solver: Literal["best", "logistic", "adam"] | ClosedForm = "best"
+    """`best`: of logistic and adam, by the rows held out."""
     c: float = Field(0.01, gt=0)
+    shrinkage: float | None = Field(None, ge=0, le=1)
+    """Of `lda`; None: estimated."""
+    penalty: float | None = Field(None, gt=0)
+    """Of `ridge`; None: the best of its path with data sets left out."""
+    head: HeadRecipe | None = None
+    """A probe with several projections a token, in place of `solver`; it says how it is served, too."""
+    left_out: bool = False
+    """Fit once more without each data set, for the card: how it holds on sources it has not seen. Not for a head."""
     epochs: int = Field(200, ge=1)
     prompt: Aggregation = Aggregation("mean")
     response: Aggregation = Aggregation("ema")
@@ -104,15 +120,34 @@ class Recipe(_Part):
     description: str = ""
 
     @property
+    def aggregation(self) -> dict[Phase, Aggregation]:
+        """What is served."""
+        if self.head is not None:
+            return dict.fromkeys(Phase, self.head.aggregation)
+        return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
+
+    @model_validator(mode="after")
+    def _served_by_its_head(self) -> Recipe:
+        fields = type(self).model_fields
+        clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
+        if self.head is not None and clash:
+            raise ValueError(f"a head is fitted and served in its own way; leave out {', '.join(clash)}")
+        if self.left_out and (self.head is not None or self.peaks):
+            raise ValueError(
+                "left_out fits as often as there are data sets, too long for a head or peaks; leave it out"
+            )
+        return self
+
+    @property
     def projections(self) -> int:
-        """Scores a token: of `mean_last` one whose mean is taken, and one of the last position."""
+        """Scores a token, without a head: of `mean_last` one whose mean is taken, and one of the last position."""
         return 2 if "mean_last" in (self.prompt.kind, self.response.kind) else 1
 
     @model_validator(mode="after")
     def _can_be_fitted(self) -> Recipe:
         for how in (self.prompt, self.response):
             if how.kind in HEAD_KINDS and how.kind != "mean_last":
-                raise ValueError(f"{how.kind} is not fitted from a recipe; see training.heads")
+                raise ValueError(f"{how.kind} is a head's way; write it under `head`, without `prompt` and `response`")
             how.check(self.projections)
         if self.peaks and (self.solver, self.projections) != ("logistic", 1):
             raise ValueError("peaks are for `solver: logistic` and one projection")
@@ -162,12 +197,14 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     seen: list[Row] = []
     placed: dict[str, Part] = {}
     reforms: dict[str, Source] = {}
+    used: dict[str, Counter[str]] = {}
     for source in recipe.sources:
         file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
-        files[described.file] = described
+        before = files.get(described.file, described)
+        files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = _about(rows, source, described.file)
         known = {r.identity for r in seen}
         rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
@@ -192,7 +229,9 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         }
         for part, of_part in split(rows, shares, recipe.seed, placed).items():
             for row in of_part:
-                parts["test" if part == "calibrate" and row.label == 1 else part].append(row)
+                own: Part = "test" if part == "calibrate" and row.label == 1 else part
+                parts[own].append(row)
+                used.setdefault(described.file, Counter())[own] += 1
     if recipe.balance:
         parts["fit"] = balanced(parts["fit"])
     for key, source in reforms.items():
@@ -201,7 +240,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
-    return parts, list(files.values())
+    return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
 
 
 def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 
 from monitor import __version__
@@ -20,20 +18,16 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
-from probes_store.base import Base
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
 from probes_store.store import Store
 from training.calibrate import Calibrations, Calibrator
-from training.data import Row
-from training.evaluate import separation
-from training.fit import Array, Fitted, fit_torch
-from training.logistic import fit_logistic_layers
-from training.peaks import Running, fit_peaks, running_means
-from training.progress import progress, ticks
+from training.fit import Fitted
+from training.fitting import Fitting, listed
+from training.heads import FittedHead
 from training.recipe import Recipe, default_recipe, gather, read_recipe
-from training.report_card import evaluate_sets
-from training.report_scores import Judge
+from training.report.card import evaluate_sets
+from training.report.scores import Judge
 from training.texts import Reader
 
 CANARIES = (
@@ -57,13 +51,14 @@ class Trainer:
             )
         self.layers = tuple(sorted(set(recipe.layers or (self.model.n_layers // 2,))))
         self.reader = Reader(self.model, recipe.max_text_tokens)
-        self.aggregation = {Phase.PROMPT: recipe.prompt, Phase.RESPONSE: recipe.response}
+        self.aggregation = recipe.aggregation
 
     def run(self) -> Path:
         counts = ", ".join(f"{part} {len(rows)}" for part, rows in self.parts.items())
-        self.console.print(f"rows: {counts}; layers {_listed(self.layers)} of {self.model.n_layers}")
-        fitted, metrics, base = self._fit()
-        probe = self._weights(fitted)
+        self.console.print(f"rows: {counts}; layers {listed(self.layers)} of {self.model.n_layers}")
+        fitting = Fitting(self.recipe, self.reader, self.layers, self.console)
+        fitted, metrics, base = fitting.fit(self.parts["fit"], self.parts["test"])
+        probe = fitting.weights(fitted, self.name)
         served = Calibrator(self.reader, probe, self.aggregation, self.recipe, self.settings, self.console)
         calibrations = served.calibrate(self.parts["calibrate"])
         test = self.parts["test"]
@@ -75,63 +70,6 @@ class Trainer:
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
         self._tell(folder, calibrations, metrics)
         return folder
-
-    # --- activations and fit ------------------------------------------------------------------------------------
-
-    def features(self, rows: Sequence[Row], running: dict[int, Running] | None = None) -> Array:
-        """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
-        and for a second projection the last of them. running: filled with what `fit_peaks` takes, by row"""
-        prompts = [self.reader.labelled(r) for r in rows]
-        out = np.zeros((len(prompts), self.recipe.projections, len(self.layers), self.model.d_model))
-        with progress(self.console, f"activations at layers {_listed(self.layers)}", len(prompts)) as tick:
-            for index, streams in residual_streams(self.model, prompts, self.layers, tick):
-                turn = prompts[index].turns[-1]
-                for column, layer in enumerate(self.layers):
-                    stream = streams[layer][turn.start : turn.end]
-                    out[index, 0, column] = stream.mean(0).double().numpy()
-                    out[index, 1:, column] = stream[-1].double().numpy()
-                if running is not None:
-                    turns = torch.cat([streams[layer][turn.start : turn.end] for layer in self.layers], 1)
-                    # Nothing comes after a last token, so a server never scores it.
-                    seen = turns[: max(1, len(turns) - 1)] if rows[index].answer else turns.mean(0, keepdim=True)
-                    running[index] = running_means(seen, self.recipe.response.decay)
-        return out
-
-    def _fit(self) -> tuple[Fitted, dict[str, Any], Base]:
-        fit, test = self.parts["fit"], self.parts["test"]
-        running: dict[int, Running] | None = {} if self.recipe.peaks else None
-        pooled, x_test = self.features(fit, running), self.features(test).reshape(len(test), -1)
-        y = np.array([r.label for r in fit])
-        base = Base.of(pooled[:, 0], self.layers, y)
-        x, weights = pooled.reshape(len(fit), -1), np.array([r.weight for r in fit])
-        recipe, candidates = self.recipe, []
-        if running is not None:
-            with progress(self.console, "logistic regression, rounds", recipe.peaks + 1) as tick:
-                collected = [running[i] for i in range(len(fit))]
-                candidates.append(fit_peaks(x, collected, y, weights, recipe.c, recipe.peaks, tick))
-        elif recipe.solver in ("best", "logistic"):
-            candidates += fit_logistic_layers(x[:, None], y, weights, recipe.c, dtype=torch.float64)
-        if recipe.solver in ("best", "adam"):
-            with progress(self.console, "LinearProbe, epochs", recipe.epochs) as tick:
-                candidates.append(fit_torch(x, y, weights, recipe.epochs, ticks(recipe.epochs, tick), recipe.seed))
-        y_test = np.array([r.label for r in test])
-        if len(set(y_test.tolist())) < 2:
-            return candidates[0], {"held_out": {}}, base
-        scored = {
-            c.method: separation(c.logits(x_test)[y_test == 1].tolist(), c.logits(x_test)[y_test == 0].tolist())
-            for c in candidates
-        }
-        best = max(candidates, key=lambda c: scored[c.method]["auroc"])
-        return best, {"held_out": scored, "chosen": best.method}, base
-
-    def _weights(self, fitted: Fitted) -> ProbeWeights:
-        """The bias is the first projection's: a value is the sum of what the projections give."""
-        k = self.recipe.projections
-        by_layer = fitted.weight.reshape(k, len(self.layers), self.model.d_model).transpose(1, 0, 2)
-        if k == 1:
-            by_layer = by_layer[:, 0]
-        parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(self.layers, by_layer, strict=True)}
-        return ProbeWeights(self.name, parts, fitted.bias if k == 1 else (fitted.bias, *[0.0] * (k - 1)))
 
     def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
         """Sets that nothing was fitted, chosen or calibrated on; read for the first time there. tested: values of the
@@ -153,20 +91,13 @@ class Trainer:
     def _card(
         self,
         probe: ProbeWeights,
-        fitted: Fitted,
+        fitted: Fitted | FittedHead,
         calibrations: Calibrations,
         platt: Platt | None,
         thresholds: tuple[Threshold, ...],
         metrics: dict[str, Any],
     ) -> Card:
         model = self.model
-        bank = ProbeBank([probe], model.d_model)
-        prompts = [self.reader.prompt(text) for text in CANARIES]
-        canaries = {}
-        for index, streams in residual_streams(model, prompts, self.layers):
-            counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
-            scores = score_streams(bank, streams)[counted].ravel()
-            canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
         return Card(
             name=self.name,
             version="v1",  # the store sets the next free one
@@ -193,7 +124,7 @@ class Trainer:
             data=tuple(self.files),
             fit={"method": fitted.method, **fitted.details, "recipe": self.recipe.model_dump(mode="json")},
             metrics=metrics,
-            canaries=tuple(canaries[i] for i in range(len(CANARIES))),
+            canaries=canaries_of(self.reader, probe),
             sha256=hashlib.sha256(b"").hexdigest(),  # the store sets it
         )
 
@@ -218,8 +149,16 @@ class Trainer:
         )
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+def canaries_of(reader: Reader, probe: ProbeWeights) -> tuple[Canary, ...]:
+    """What the probe gives at every counted position of a few texts."""
+    bank = ProbeBank([probe], reader.model.d_model)
+    prompts = [reader.prompt(text) for text in CANARIES]
+    canaries = {}
+    for index, streams in residual_streams(reader.model, prompts, bank.layers):
+        counted = [p for t in prompts[index].turns for p in range(t.start, t.end)]
+        scores = score_streams(bank, streams)[counted].ravel()
+        canaries[index] = Canary(text=CANARIES[index], scores=tuple(round(float(s), 5) for s in scores))
+    return tuple(canaries[i] for i in range(len(CANARIES)))
 
 
 def train(

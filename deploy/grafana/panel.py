@@ -62,7 +62,7 @@ def heatmap(title: str, description: str, metric: str) -> Panel:
 
 
 def table(title: str, description: str, query: str) -> Panel:
-    return Panel(title, description, NUMBER, ((query, ""),), "table", 12)
+    return Panel(title, description, NUMBER, ((query, ""),), "table", 24)
 
 
 def rate(metric: str, by: str = "", where: str = "") -> str:

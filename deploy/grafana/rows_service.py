@@ -110,10 +110,19 @@ OPERATION = (
         (last_hour("records_dropped_total"), "lost, last hour"),
     ),
     lines(
+        "Feature log",
+        "Kept sequences that wait to be read again, and those written and lost.",
+        COUNT,
+        ("sum(midstream_feature_queue_depth)", "queue"),
+        (last_hour("features_kept_total"), "written, last hour"),
+        (last_hour("features_dropped_total"), "lost, last hour"),
+    ),
+    lines(
         "Review backlog",
         "Kept records of flags and blocks that nobody has labelled.",
         COUNT,
         ("max(midstream_review_backlog)", "to review"),
+        ("max by (probe) (midstream_calibration_rows_needed)", "{{probe}}: rows for a new threshold"),
     ),
     lines(
         "Notices",
@@ -123,12 +132,13 @@ OPERATION = (
         (minutely("webhook_total", "result"), "webhook {{result}}"),
     ),
     lines(
-        "Policy and admin",
-        "Policy files read again, and requests to the admin port.",
+        "Policy, probes and admin",
+        "Policy files read again, changes of the probes in service, and requests to the admin port.",
         PER_MINUTE,
-        (minutely("policy_reloads_total", "result"), "reload {{result}}"),
+        (minutely("policy_reloads_total", "result"), "policy {{result}}"),
+        (minutely("probe_reload_total", "result"), "probes {{result}}"),
         (minutely("admin_requests_total", "outcome"), "admin {{outcome}}"),
-        width=12,
+        width=16,
     ),
     table(
         "Probes in service",

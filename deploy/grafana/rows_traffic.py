@@ -152,7 +152,7 @@ DRIFT = (
         "The newest values against the reference in the probe's card: below 0.1 alike, above 0.25 drifted.",
         NUMBER,
         (f"{BY_CARD} (midstream_drift_psi_ratio{{{PROBE}}})", CARD),
-        width=12,
+        width=8,
         warn=0.1,
         alarm=0.25,
     ),
@@ -164,7 +164,16 @@ DRIFT = (
             f"{BY_CARD} (midstream_observed_flag_ratio{{{PROBE}}}) / {BY_CARD} (midstream_target_fpr_ratio{{{PROBE}}})",
             CARD,
         ),
-        width=12,
+        width=8,
         alarm=2,
+    ),
+    lines(
+        "Shift of the mean activation",
+        "Of sampled sequences (log_features), from the harmless training rows; 1 is what sampling alone gives. Where "
+        "traffic is another one, it grows with the number of sequences.",
+        NUMBER,
+        (f"max by (probe, phase) (midstream_drift_mahalanobis_ratio{{{PROBE}}})", "{{probe}} {{phase}}"),
+        width=8,
+        warn=2,
     ),
 )

@@ -19,7 +19,7 @@ from monitor.api.errors import ApiError, ended_badly, unavailable
 from monitor.api.judging import Job, Judging, Session, readable
 from monitor.errors import Overloaded, RequestInvalid
 from monitor.template import Message
-from monitor.types import Action, Record
+from monitor.types import Action, Record, is_candidate
 
 _ROLES = {"system": "system", "developer": "system", "assistant": "assistant"}
 _EMPTY_TURN = ({"role": "user", "content": ""},)
@@ -164,7 +164,7 @@ def _answer(
         (r.probe, r.phase, r.action): None
         for record in records
         for r in record.readings
-        if r.action is not Action.ALLOW
+        if r.action is not Action.ALLOW and not is_candidate(r.probe)
     }
     # The probes read a text model: it sees no image, and no probe is calibrated on definitions of tools.
     skipped = {"images": len(body.images or []), "parts": unread, "tools": len(body.tools or [])}

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from monitor.api.admin import Operations
+from monitor.api.admin.app import Operations
 from monitor.audit import Audit, AuditFailed
 from monitor.errors import MidstreamError
 

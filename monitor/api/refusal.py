@@ -12,6 +12,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from monitor.api.output_item import message, numbered, streamed
+
 FILTERED = "content_filter"
 _EXPLANATION = "The safety monitor blocked this prompt."
 
@@ -48,7 +50,7 @@ def refuse(route: str, refusal: Refusal, headers: Mapping[str, str] | None = Non
 def chat(refusal: Refusal) -> bytes:
     """/v1/chat/completions: finish_reason content_filter. The text is `content`: clients show no other field."""
 
-    def message(index: int) -> Json:
+    def whole(index: int) -> Json:
         said = {"role": "assistant", "content": refusal.text, "refusal": None}
         return {"index": index, "message": said, "logprobs": None, "finish_reason": FILTERED}
 
@@ -57,7 +59,7 @@ def chat(refusal: Refusal) -> bytes:
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": FILTERED}
 
-    return _choices(refusal, "chatcmpl-", ("chat.completion", "chat.completion.chunk"), message, chunks)
+    return _choices(refusal, "chatcmpl-", ("chat.completion", "chat.completion.chunk"), whole, chunks)
 
 
 def completions(refusal: Refusal) -> bytes:
@@ -75,9 +77,7 @@ def completions(refusal: Refusal) -> bytes:
 
 def responses(refusal: Refusal) -> bytes:
     """/v1/responses: status incomplete with incomplete_details content_filter, last event response.incomplete."""
-    part = {"type": "output_text", "text": refusal.text, "annotations": [], "logprobs": []}
-    item = {"id": f"msg_{refusal.id}", "type": "message", "role": "assistant"}
-    whole = item | {"status": "incomplete", "content": [part]}
+    whole = message(refusal.id, refusal.text)
     begun = {
         "id": f"resp_{refusal.id}",
         "object": "response",
@@ -111,20 +111,13 @@ def responses(refusal: Refusal) -> bytes:
     }
     if not refusal.stream:
         return _compact(ended)
-    at = {"output_index": 0}
-    inside = at | {"item_id": item["id"], "content_index": 0}
     events: list[Json] = [
         {"type": "response.created", "response": begun},
         {"type": "response.in_progress", "response": begun},
-        {"type": "response.output_item.added", "item": item | {"status": "in_progress", "content": []}} | at,
-        {"type": "response.content_part.added", "part": part | {"text": ""}} | inside,
-        {"type": "response.output_text.delta", "delta": refusal.text, "logprobs": []} | inside,
-        {"type": "response.output_text.done", "text": refusal.text, "logprobs": []} | inside,
-        {"type": "response.content_part.done", "part": part} | inside,
-        {"type": "response.output_item.done", "item": whole} | at,
+        *streamed(whole, 0),
         {"type": "response.incomplete", "response": ended},
     ]
-    return _named(event | {"sequence_number": number} for number, event in enumerate(events))
+    return _named(numbered(events, 0))
 
 
 def messages(refusal: Refusal) -> bytes:

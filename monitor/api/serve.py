@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import socket
@@ -16,14 +17,16 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
+from monitor.api.admin.control import Serving, operations, show_probes
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.port import check_admin_key, controlled
 from monitor.api.app import create_app
-from monitor.api.control import Serving, operations, show_probes
 from monitor.api.edge import Edge
+from monitor.api.features import eraser, feature_log
 from monitor.api.hangup import Say, remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.openai import Service
 from monitor.api.others import other_routes
-from monitor.api.second_port import check_admin_key, controlled
 from monitor.api.spans import Spans
 from monitor.audit import Audit
 from monitor.config import Settings
@@ -31,14 +34,14 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.errors import ConfigInvalid, MidstreamError
-from monitor.live import LiveProbes, load_live
+from monitor.live import LiveProbes, ServedModel, load_live
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
 from monitor.notice import Outbox, Webhook, notice, print_line
 from monitor.offenders import Offenders
-from monitor.template import ChatTemplate
 from monitor.traffic import Cipher, TrafficLog
+from monitor.traffic.features import FeatureLog
 from monitor.types import Phase, Record
 from probes_store.store import Store, model_slug
 
@@ -46,7 +49,7 @@ EXIT_ENGINE_DIED = 3
 
 
 class Sinks:
-    """The engine's observer: one Record to metrics, traffic log, offenders, stdout, webhook and spans."""
+    """The engine's observer: one Record to metrics, traffic log, live view, offenders, stdout, webhook, spans."""
 
     def __init__(self, settings: Settings, metrics: Metrics, spans: Spans | None = None) -> None:
         self.metrics, self.spans = metrics, spans
@@ -60,6 +63,8 @@ class Sinks:
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
         )
+        self.feed = Feed()
+        self.features: FeatureLog | None = None
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -83,6 +88,7 @@ class Sinks:
     def record(self, record: Record) -> None:
         self.metrics.record(record)
         self.traffic.put(record)
+        self.feed.put(record)
         event = notice(record)
         if event is not None:
             self._tell(event)
@@ -106,7 +112,14 @@ class Sinks:
             backlog = math.nan
         self.metrics.review_backlog.set(backlog)
 
+    def keep_features(self, settings: Settings, model: ServedModel) -> FeatureLog | None:
+        """Before an engine is made that offers its sequences; None unless the setting is on. raises: ConfigInvalid"""
+        self.features = feature_log(settings, model, self.traffic, self.metrics)
+        return self.features
+
     def close(self) -> None:
+        if self.features is not None:
+            self.features.close()
         self.traffic.close()
         self.lines.close()
         if self.webhook is not None:
@@ -164,7 +177,19 @@ class Door:
     def beside(self, serving: Serving, sinks: Sinks, say: Say) -> contextlib.AbstractAsyncContextManager[None]:
         """The admin port and SIGHUP, to be entered in the event loop of the data server."""
         settings, metrics = self.edge.settings, sinks.metrics
-        what = operations(serving, settings, self.edge.keys, self.audit, sinks.offenders, metrics, sinks.traffic)
+        erase = eraser(settings, sinks.traffic, sinks.features)
+        what = operations(
+            serving,
+            settings,
+            self.edge.keys,
+            self.audit,
+            sinks.offenders,
+            metrics,
+            erase,
+            say=say,
+            feed=sinks.feed,
+            features=sinks.features,
+        )
 
         def counted(outcome: str) -> None:
             metrics.admin_requests.labels(outcome).inc()
@@ -222,9 +247,12 @@ def serve(settings: Settings) -> int:
             console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
             server[0].should_exit = True
 
-        engine = EmbeddedEngine(model, live, settings, sinks, died)
+        features = sinks.keep_features(settings, model.served())
+        engine = EmbeddedEngine(model, live, settings, sinks, died, None if features is None else features.offer)
         stack.callback(engine.stop, 0.0)
         off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
+        if features is not None:
+            features.attach(engine.rereading)
         announce(model.name, live, lambda: engine.describe()["active"], sinks)
         metrics.read("waiting_prompts", lambda: engine.describe()["waiting"])
         names = frozenset({settings.model, model.name, model_slug(model.name)})
@@ -235,7 +263,7 @@ def serve(settings: Settings) -> int:
         app = create_app(service, metrics, engine.readiness, edge, others)
         bound_s = max(1, round(settings.shutdown_timeout_s))
         config = uvicorn.Config(app, timeout_graceful_shutdown=bound_s, **edge.server_options())
-        beside = door.beside(embedded(engine, model.template), sinks, plainly(console))
+        beside = door.beside(embedded(engine, model.served()), sinks, plainly(console))
         server.append(Server(config, engine, beside))
         engine.start()
         console.print(summary(model.name, model.dtype, live, off))
@@ -246,11 +274,14 @@ def serve(settings: Settings) -> int:
         return EXIT_ENGINE_DIED if failed.is_set() else 0
 
 
-def embedded(engine: EmbeddedEngine, template: ChatTemplate) -> Serving:
+def embedded(engine: EmbeddedEngine, model: ServedModel) -> Serving:
     def put(live: LiveProbes) -> None:
         engine.live = live
 
-    return Serving(engine.describe, lambda: engine.live, put, EmbeddedScorer(engine), template, engine.model_name)
+    async def stage(live: LiveProbes) -> None:
+        await asyncio.to_thread(engine.try_out, live)
+
+    return Serving(engine.describe, lambda: engine.live, put, stage, EmbeddedScorer(engine), model)
 
 
 def announce(model: str, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
@@ -269,9 +300,9 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
         table.add_column(column)
     for probe in live.probes:
         for form, rules in live.rules.items():
-            own = {r.phase: r for r in rules if r.probe == probe.card.name}
+            own = {r.phase: r for r in rules if r.probe == probe.name}
             cells = [f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" above {t:.2f}") for p in Phase]
             layers = ",".join(map(str, probe.card.layers))
             route = "chat" if form == "chat" else "completions"
-            table.add_row(probe.card.name, probe.card.version, layers, route, *cells)
+            table.add_row(probe.name, probe.card.version, layers, route, *cells)
     return table

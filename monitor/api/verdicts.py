@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from monitor.policy.rule import worst
-from monitor.types import Action, Opening, Phase, ProbeReading, Record, Terms
+from monitor.types import Action, Opening, Phase, ProbeReading, Record, Terms, is_candidate
 
 DECISION, POLICY = "x-midstream-decision", "x-midstream-policy"
 
@@ -18,9 +18,11 @@ def verdict_headers(policy: str, actions: Iterable[Action]) -> dict[str, str]:
 
 def filter_results(readings: Iterable[ProbeReading]) -> dict[str, Any]:
     """Azure's `content_filter_results`: filtered where it was blocked, detected where a threshold was crossed. A probe
-    without a value is Azure's outage."""
+    without a value is Azure's outage; a candidate is not spoken of."""
     results: dict[str, Any] = {}
     for r in readings:
+        if is_candidate(r.probe):
+            continue
         if r.action is Action.UNMONITORED:
             results["error"] = {"code": "content_filter_error", "message": f"{r.probe} could not score this text"}
         else:

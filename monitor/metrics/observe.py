@@ -10,10 +10,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric as Family
 
 from monitor.metrics.drift import Drift, Reference
-from monitor.metrics.processes import forget
+from monitor.metrics.processes import forget, forget_probe
+from monitor.metrics.shift import Shift
 from monitor.metrics.table import PREFIX, TABLE, Metric
 from monitor.policy.rule import Rule
-from monitor.types import Action, Cause, Format, Mode, Phase, ProbeReading, Record
+from monitor.types import Action, Cause, Format, Mode, Phase, ProbeReading, Record, is_candidate
 
 _OF_PROBES = (
     "probe_info",
@@ -24,6 +25,7 @@ _OF_PROBES = (
     "observed_flag_ratio_low",
     "observed_flag_ratio_high",
     "drift_psi_ratio",
+    "drift_mahalanobis_ratio",
 )
 
 
@@ -36,7 +38,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None, model: str = "") -> None:
         self.registry = registry or CollectorRegistry()
         self.model = model
-        self.drift = Drift()
+        self.drift, self.shift = Drift(), Shift()
+        self._candidates: set[str] = set()
         self._reads: dict[str, Callable[[], float]] = {}
         self.registry.register(self)  # before the gauges: they are scraped after they were read
         for metric in TABLE:
@@ -97,6 +100,11 @@ class Metrics:
         """
         for name in _OF_PROBES:
             forget(getattr(self, name))
+        gone, self._candidates = self._candidates, {name for name, *_ in probes if is_candidate(name)}
+        for candidate in sorted(gone - self._candidates):  # or there would be one more of each with every trial
+            for metric in TABLE:
+                if "probe" in metric.labels:
+                    forget_probe(getattr(self, metric.name), candidate)
         for name, version, sha256, layers in probes:
             self.probe_info.labels(name, version, sha256[:16], layers).set(1)
             for phase in Phase:
@@ -122,6 +130,7 @@ class Metrics:
         for name, value in list(self._reads.items()):
             getattr(self, name).set(value())
         self.drift.show(self)
+        self.shift.show(self)
 
     def collect(self) -> Iterator[Family]:
         """As a collector of the registry: nothing of its own, the gauges are fresh after it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 from prometheus_client import Gauge, multiprocess
 
@@ -31,6 +32,12 @@ def forget(gauge: Gauge) -> None:
     for family in gauge.collect():
         for sample in family.samples:
             gauge.labels(**sample.labels).set(math.nan)
+
+
+def forget_probe(metric: Any, probe: str) -> None:
+    """Show none of the series with this label `probe` any longer. In a shared folder they stay until the restart."""
+    if shared_folder() is None:
+        metric.remove_by_labels({"probe": probe})
 
 
 def leave() -> None:

@@ -105,6 +105,13 @@ TABLE = (
         merge="livemostrecent",
     ),
     Metric(
+        "gauge",
+        "drift_mahalanobis_ratio",
+        "Distance of the mean of sampled activations from the harmless training rows; 1 is sampling noise.",
+        ("probe", "phase"),
+        merge="livemostrecent",
+    ),
+    Metric(
         "gauge", "probe_info", "1 for each probe in service.", ("probe", "version", "sha256", "layers"), merge="livemax"
     ),
     # overhead
@@ -119,9 +126,20 @@ TABLE = (
     Metric(
         "gauge", "review_backlog", "Kept records of flags and blocks that nobody has labelled.", merge="livemostrecent"
     ),
+    Metric("gauge", "feature_queue_depth", "Kept sequences that wait to be read again for their features."),
+    Metric("counter", "features_kept", "Sequences whose features were written, by why they were kept.", ("reason",)),
+    Metric("counter", "features_dropped", "Kept sequences whose features were lost.", ("cause",)),
+    Metric(
+        "gauge",
+        "calibration_rows_needed",
+        "Rows of everyday traffic, or labels of them, that a retrained threshold at the target rate still lacks.",
+        ("probe",),
+        merge="livemostrecent",
+    ),
     Metric("counter", "notice_lines", "Flags and blocks written to stdout.", ("result",)),
     Metric("counter", "webhook", "Notices to the webhook.", ("result",)),
     Metric("counter", "policy_reloads", "Policy files read again.", ("result",)),
+    Metric("counter", "probe_reload", "Changes of the probes in service, and candidates left out.", ("result",)),
     Metric("counter", "admin_requests", "Requests to the admin port.", ("outcome",)),
     Metric("gauge", "ready", "1 while the server is ready.", merge="livemin"),
     Metric("gauge", "heartbeat_timestamp_seconds", "When the monitor last looked at itself.", merge="livemax"),

@@ -73,7 +73,7 @@ def parts(model: ServedModel, live: LiveProbes, int8: bool) -> dict[str, Any]:
         "schema": 1,
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "probes": [[p.card.name, p.card.version, p.card.sha256] for p in live.probes],
+        "probes": [list(version) for version in live.versions],
         "int8": int8,
         "makers": makers,
     }

@@ -8,7 +8,7 @@ from typing import Any
 from monitor.config import Settings
 from monitor.engines.identity import identify, locate
 from monitor.errors import ConfigInvalid
-from monitor.live import LiveProbes, ServedModel, load_live
+from monitor.live import LiveProbes, ServedModel, load_candidates, load_live
 from monitor.observer.build import Built, build, find
 from monitor.observer.reader import Bounds, LocalObserver
 from monitor.observer.session import Session
@@ -55,11 +55,16 @@ def describe(settings: Settings) -> tuple[ServedModel, Any]:
 
 
 def make(settings: Settings, int8: bool = False) -> Built:
-    """Build the observer of the live probes, unless the cache has it. raises: MidstreamError"""
+    """Build the observer of the live probes, unless the cache has it; with candidates there are two of them, without
+    and with. raises: MidstreamError"""
     from monitor.engines.embedded.model import load_model
 
-    model = load_model(settings.model, cache=settings.cache, revision=settings.revision)
-    return build(model, load_live(model.served(), Store(settings.store), settings), settings.cache, int8)
+    model, store = load_model(settings.model, cache=settings.cache, revision=settings.revision), Store(settings.store)
+    built = build(model, load_live(model.served(), store, settings), settings.cache, int8)
+    candidates, _ = load_candidates(model.served(), store)
+    if candidates:
+        build(model, load_live(model.served(), store, settings, beside=candidates), settings.cache, int8)
+    return built
 
 
 def load(settings: Settings, int8: bool = False) -> Loaded:
@@ -68,7 +73,14 @@ def load(settings: Settings, int8: bool = False) -> Loaded:
     raises: ConfigInvalid if it is not built, ProbeMismatch if a canary is off, ProbeInvalid if a file is damaged
     """
     model, tokenizer = describe(settings)
-    live = load_live(model, Store(settings.store), settings)
+    return observer_of(settings, model, tokenizer, load_live(model, Store(settings.store), settings), int8)
+
+
+def observer_of(
+    settings: Settings, model: ServedModel, tokenizer: Any, live: LiveProbes, int8: bool | None = None
+) -> Loaded:
+    """The built observer of these probes, its canaries scored. int8: None, as the settings say. raises: as `load`"""
+    int8 = settings.observer_int8 if int8 is None else int8
     built = find(model, live, settings.cache, int8)
     if built is None:
         form = " --int8" if int8 else ""
@@ -80,5 +92,5 @@ def load(settings: Settings, int8: bool = False) -> Loaded:
     session = Session(built, settings.threads, bounds.kv_tokens // 2)
     tolerance = settings.canary_tolerance or (INT8_TOLERANCE if int8 else None)
     off = live.check_canaries(model.template, lambda p: session.score(p.token_ids, bounds.max_step_tokens), tolerance)
-    columns = [(p.card.name, p.card.version) for p in live.probes for _ in range(p.card.projections)]
+    columns = [(p.name, p.card.version) for p in live.probes for _ in range(p.card.projections)]
     return Loaded(LocalObserver(session, model, tokenizer, columns, bounds), live, built, off)

@@ -20,7 +20,14 @@ from monitor.types import Caller, Mode
 T = TypeVar("T", bound=BaseModel)
 Route = Literal["chat", "completions", "responses", "messages", "chat-batch", "moderations", "guardrail", "internal"]
 _PAIRS = (("threshold", "target_fpr"), ("escalate", "escalate_fpr"))
-_INSTEAD = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+_INSTEAD = {
+    "threshold": ("target_fpr", "by_length"),
+    "target_fpr": ("threshold",),
+    "by_length": ("threshold",),
+    "escalate": ("escalate_fpr",),
+    "escalate_fpr": ("escalate",),
+}
+"""What an override takes the place of."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DEFAULT_PROMPT = (
     "You are a content-safety reviewer. Below, between the marks, is a conversation between a user and an AI system. "
@@ -37,7 +44,8 @@ class PhasePolicy(_Part):
     """One probe in one phase. Not given: what the file says for all probes.
 
     threshold: by value, a logit; target_fpr: out of the card instead; escalate, escalate_fpr: the lower end of the
-    band that a second judge decides, likewise; min_tokens, consecutive: of an answer only
+    band that a second judge decides, likewise; min_tokens, consecutive: of an answer only; by_length: a threshold for
+    each power of two of a prompt's tokens, each certified by itself
     """
 
     mode: Mode | None = None
@@ -48,9 +56,12 @@ class PhasePolicy(_Part):
     on_history: Mode | None = None
     min_tokens: int = Field(1, ge=1, le=100_000)
     consecutive: int = Field(1, ge=1, le=1_000)
+    by_length: bool = False
 
     @model_validator(mode="after")
     def _one_way(self) -> PhasePolicy:
+        if self.by_length and self.threshold is not None:
+            raise ValueError("give threshold or by_length, not both; by_length takes thresholds out of the card")
         for a, b in _PAIRS:
             if getattr(self, a) is not None and getattr(self, b) is not None:
                 raise ValueError(f"give {a} or {b}, not both")
@@ -71,6 +82,8 @@ class ProbePolicy(_Part):
             raise ValueError("on_history belongs to `prompt`; an answer has no history of its own")
         if (self.prompt.min_tokens, self.prompt.consecutive) != (1, 1):
             raise ValueError("min_tokens and consecutive belong to `response`; a short prompt must not be exempt")
+        if self.response.by_length:
+            raise ValueError("by_length belongs to `prompt`; how long an answer will be is not known when it is judged")
         return self
 
 
@@ -238,7 +251,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings merge, everything else is replaced; a threshold by value replaces one by rate, and the other way."""
     result = dict(base)
     for key, value in over.items():
-        result.pop(_INSTEAD.get(key, ""), None)
+        for other in _INSTEAD.get(key, ()):
+            result.pop(other, None)
         mine = result.get(key)
         result[key] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
     return result

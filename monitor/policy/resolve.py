@@ -20,7 +20,7 @@ def resolve(probes: Sequence[StoredProbe], file: PolicyFile) -> Mapping[str, Pol
 
 
 def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
-    have = [p.card.name for p in probes]
+    have = [p.card.name for p in probes if not p.candidate]
     second = body.second
     for wanted in (*body.probes, *(second.probes if second else ())):
         if wanted not in have:
@@ -35,33 +35,34 @@ def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
     return Policy({form: _rules(probes, form, body) for form in FORMATS}, terms, asked)
 
 
-def _of(body: Body, probe: str, phase: Phase) -> PhasePolicy:
-    own = body.probes.get(probe, ProbePolicy())
-    return own.prompt if phase is Phase.PROMPT else own.response
+def _of(body: Body, probe: StoredProbe, phase: Phase) -> PhasePolicy:
+    """A candidate is under the policy of its probe, but for the mode: it is there to be compared."""
+    own = body.probes.get(probe.card.name, ProbePolicy())
+    said = own.prompt if phase is Phase.PROMPT else own.response
+    return said.model_copy(update={"mode": Mode.SHADOW}) if probe.candidate else said
 
 
 def _rules(probes: Sequence[StoredProbe], form: Format, body: Body) -> tuple[Rule, ...]:
-    said = {(p.card.name, phase): _of(body, p.card.name, phase) for p in probes for phase in Phase}
-    modes = {
-        (p.card.name, phase): said[p.card.name, phase].mode or _unasked(p, phase) for p in probes for phase in Phase
-    }
+    said = {(p.name, phase): _of(body, p, phase) for p in probes for phase in Phase}
+    modes = {(p.name, phase): said[p.name, phase].mode or _unasked(p, phase) for p in probes for phase in Phase}
     sharing = [k for k, m in modes.items() if m is Mode.BLOCK and said[k].threshold is None is said[k].target_fpr]
     alpha = body.target_fpr / max(1, len(sharing))
     rules = []
     column = 0
     for probe in probes:
         for phase in Phase:
-            key = probe.card.name, phase
+            key = probe.name, phase
             rules.append(_rule(probe, column, phase, form, body, said[key], modes[key], alpha))
         column += probe.card.projections
     return tuple(rules)
 
 
 def _unasked(probe: StoredProbe, phase: Phase) -> Mode:
-    """A shipped probe of harm blocks in the phases that it is calibrated for, and takes a share of the rate there. One
-    that somebody has just trained starts in shadow, and a concept says nothing of harm."""
+    """A shipped probe of harm, or a promoted one that went on from it, blocks in the phases that it is calibrated for,
+    and takes a share of the rate there. One that somebody has just trained starts in shadow, and a concept says nothing
+    of harm."""
     able = phase.value in probe.card.calibration.get("chat", {})
-    return Mode.BLOCK if probe.shipped and probe.card.kind == "harm" and able else Mode.SHADOW
+    return Mode.BLOCK if (probe.shipped or probe.heir) and probe.card.kind == "harm" and able else Mode.SHADOW
 
 
 def _rule(
@@ -77,10 +78,13 @@ def _rule(
     card = probe.card
     calibration = card.calibration.get(form, {}).get(phase.value)
     threshold = escalate = None
+    by_length: tuple[tuple[int, float], ...] = ()
     try:
         if calibration is None:
             raise ValueError(f"the card has no calibration for {phase} in {form}")
         threshold = _at(calibration, said.threshold, said.target_fpr or alpha)
+        if said.by_length:
+            by_length = calibration.by_length(said.target_fpr or alpha)
         if said.escalates and mode is Mode.BLOCK:
             escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
     except ValueError as error:
@@ -90,10 +94,10 @@ def _rule(
                 f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
                 "with more benign rows, raise target_fpr, or set the mode to shadow"
             ) from error
-        mode = Mode.SHADOW
+        mode, by_length = Mode.SHADOW, ()
     try:
         return Rule(
-            probe=card.name,
+            probe=probe.name,
             version=card.version,
             column=column,
             phase=phase,
@@ -106,6 +110,7 @@ def _rule(
             min_tokens=said.min_tokens,
             consecutive=said.consecutive,
             n_columns=card.projections,
+            by_length=by_length,
         )
     except ValueError as error:
         raise ConfigInvalid(f"{error} (format {form})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from monitor.aggregate import Aggregation
@@ -39,16 +39,28 @@ class Rule:
     min_tokens: int = 1
     consecutive: int = 1
     n_columns: int = 1
+    by_length: tuple[tuple[int, float], ...] = ()
+    """(tokens, threshold) of a prompt of up to so many, ascending, in place of `threshold`; the last one of longer
+    ones too."""
 
     def __post_init__(self) -> None:
         self.aggregation.check(self.n_columns)
         if self.mode is not Mode.SHADOW and self.threshold is None:
             raise ValueError(f"probe {self.probe!r} has no calibration for {self.phase}; only shadow is possible")
-        if self.escalate is not None and not (self.mode is Mode.BLOCK and self.escalate < (self.threshold or 0.0)):
+        lowest = min((t for _, t in self.by_length), default=self.threshold)
+        if self.escalate is not None and not (self.mode is Mode.BLOCK and self.escalate < (lowest or 0.0)):
             raise ValueError(
                 f"probe {self.probe!r}, {self.phase}: escalate {self.escalate:g} must lie below the threshold "
-                f"({self.threshold}) of a probe that blocks"
+                f"({lowest}) of a probe that blocks"
             )
+
+    def at(self, n_prompt: int) -> Rule:
+        """What judges a prompt of so many tokens."""
+        if not self.by_length:
+            return self
+        last = self.by_length[-1][1]
+        threshold = next((t for up_to, t in self.by_length if n_prompt <= up_to), last)
+        return replace(self, threshold=threshold, by_length=())
 
     @property
     def columns(self) -> int | slice:

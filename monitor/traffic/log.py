@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import DataError, IntegrityError
@@ -22,7 +22,7 @@ from monitor.traffic.database import BUSY_S, FAILURES, Connect, Where, engine_of
 from monitor.traffic.erase import CHUNK, DAY_S, drop_older, erase, keep_newest, scrub
 from monitor.traffic.receipts import Receipt, Receipts
 from monitor.traffic.review import count_unlabelled
-from monitor.traffic.rows import Row, row_of, write
+from monitor.traffic.rows import Mark, Row, mark_features, row_of, write
 from monitor.traffic.tables import meta
 from monitor.traffic.text import Cipher, Said, digest, write_said
 from monitor.types import Record
@@ -44,10 +44,11 @@ class _Entry:
 class _Job:
     """Something that has to come after every record before it."""
 
-    act: Callable[[Engine], int]
-    done: Future[int] = field(default_factory=Future)
+    act: Callable[[Engine], Any]
+    done: Future[Any] = field(default_factory=Future)
 
 
+T = TypeVar("T")
 _Item = _Entry | Said | _Job | None
 
 
@@ -148,13 +149,22 @@ class TrafficLog:
 
     def erase(self, key: str | None = None, request_id: str | None = None) -> int:
         """As `erase`, after all that was put before. Waits for the writer, but not for ever. raises: ConfigInvalid"""
-        job = _Job(lambda engine: erase(engine, key, request_id))
+        with told(self._where, "erased from"):
+            return self._in_turn(lambda engine: erase(engine, key, request_id))
+
+    def mark_features(self, file: str, marks: Sequence[Mark]) -> set[tuple[str, int]]:
+        """As `mark_features`, after all that was put before; waits as `erase`. raises: ConfigInvalid"""
+        with told(self._where):
+            return self._in_turn(lambda engine: mark_features(engine, file, marks))
+
+    def _in_turn(self, act: Callable[[Engine], T]) -> T:
+        job = _Job(act)
         try:
             self._queue.put(job, timeout=BUSY_S)
         except queue.Full:
             raise ConfigInvalid("the log is busy with records that it can't write; try again later") from None
-        with told(self._where, "erased from"):
-            return job.done.result(_ERASE_S)
+        result: T = job.done.result(_ERASE_S)
+        return result
 
     def digest(self, prompt: Any) -> str:
         return digest(self._salt, prompt)

@@ -61,12 +61,12 @@ def review_queue(where: Where, which: Filter, limit: int, after: tuple[float, in
     if (which.probe is None) != (which.phase is None):
         raise ConfigInvalid("a queue is ordered by one probe in one phase: name both, or neither")
     with opened(where) as connection:
-        if _is_narrow(connection, which):
+        if is_narrow(connection, which):
             found = connection.execute(_narrow(which, after).limit(limit)).all()
         else:
             parts = [connection.execute(query.limit(limit)).all() for query in _wide(which, after)]
             found = list(itertools.islice(heapq.merge(*parts, key=_order, reverse=True), limit))
-        return _entries(connection, found)
+        return entries(connection, found)
 
 
 def counts(where: Where) -> dict[str, tuple[int, int]]:
@@ -86,33 +86,41 @@ def _count(verdict: str, labelled: int) -> Select[Any]:
     return select(func.count()).select_from(readings).where(_DECIDES, *own)
 
 
-_SELECT = select(readings.c.rank, readings.c.record, readings.c.probe, readings.c.phase)
+SELECTED = select(readings.c.rank, readings.c.record, readings.c.probe, readings.c.phase)
 _ORDER = readings.c.rank.desc(), readings.c.record.desc()
 
 
 def _wide(which: Filter, after: tuple[float, int] | None) -> Iterator[Select[Any]]:
     """One query for each verdict and label: an index has their records in the queue's order."""
-    rest = [*_owned(readings.c, which), *_behind(after)]
+    for conditions in wide_conditions(which):
+        yield SELECTED.where(*conditions, *_behind(after)).order_by(*_ORDER)
+
+
+def wide_conditions(which: Filter) -> Iterator[list[ColumnElement[bool]]]:
+    """Of each verdict and label, by columns of the index that has them in order."""
     pair = [_DECIDES] if which.probe is None else [readings.c.probe == which.probe, readings.c.phase == which.phase]
     for verdict, labelled in itertools.product(sorted(which.verdicts), _labelled(which)):
-        own = readings.c.verdict == str(verdict), readings.c.labelled == labelled
-        yield _SELECT.where(*pair, *own, *rest).order_by(*_ORDER)
+        own = [readings.c.verdict == str(verdict), readings.c.labelled == labelled]
+        yield [*pair, *own, *_owned(readings.c, which)]
 
 
 def _narrow(which: Filter, after: tuple[float, int] | None) -> Select[Any]:
-    """Few records come into question: take all of their readings, and sort."""
+    return few_readings(which).where(*_behind(after)).order_by(*_ORDER)
+
+
+def few_readings(which: Filter) -> Select[Any]:
+    """Few records come into question: take all of their readings, for somebody to sort."""
     few = select(records.c.id).where(*_owned(records.c, which)).limit(FEW).subquery()
     if which.probe is None:
         pair = [_DECIDES]
     else:
         pair = [_plain(readings.c.probe) == which.probe, _plain(readings.c.phase) == which.phase]
     verdicts = _plain(readings.c.verdict).in_(sorted(map(str, which.verdicts)))
-    rest = [verdicts, readings.c.labelled.in_(_labelled(which)), *_behind(after)]
-    query = _SELECT.join_from(few, readings, readings.c.record == few.c.id)
-    return query.where(*pair, *rest).order_by(*_ORDER)
+    rest = [verdicts, readings.c.labelled.in_(_labelled(which))]
+    return SELECTED.join_from(few, readings, readings.c.record == few.c.id).where(*pair, *rest)
 
 
-def _is_narrow(connection: Connection, which: Filter) -> bool:
+def is_narrow(connection: Connection, which: Filter) -> bool:
     owned = _owned(records.c, which)
     if not owned:
         return False
@@ -151,7 +159,7 @@ def _order(row: Row[Any]) -> tuple[float, int]:
     return row.rank, row.record
 
 
-def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[Entry]:
+def entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[Entry]:
     wanted = select(records.c.id, records.c.body, records.c.q, records.c.feature)
     kept = connection.execute(wanted.where(records.c.id.in_([row.record for row in rows])))
     bodies = {number: rest for number, *rest in kept}

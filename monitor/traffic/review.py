@@ -25,6 +25,13 @@ class Label(enum.StrEnum):
     UNSURE = "unsure"
 
 
+class NoSuchRecord(ConfigInvalid):
+    def __init__(self, request_id: str, choice: int) -> None:
+        super().__init__(
+            f"there is no record of request {request_id!r}, choice {choice}; it may be older than the log keeps"
+        )
+
+
 def find_records(where: Where, request_id: str) -> list[dict[str, Any]]:
     """The records of one request, by choice. raises: ConfigInvalid if there is no such log"""
     query = select(records.c.body).where(records.c.request_id == request_id).order_by(records.c.choice)
@@ -56,15 +63,13 @@ def add_label(
     """Label one record; of several labels the newest counts, and the one that counted before is returned.
 
     clock: seconds since the epoch
-    raises: ConfigInvalid if there is no such log or no such record
+    raises: ConfigInvalid if there is no such log, NoSuchRecord
     """
     with opened(where, "rw") as connection:
         which = records.c.request_id == request_id, records.c.choice == choice
         number = connection.scalar(select(records.c.id).where(*which).limit(1))
         if number is None:
-            raise ConfigInvalid(
-                f"there is no record of request {request_id!r}, choice {choice}; it may be older than the log keeps"
-            )
+            raise NoSuchRecord(request_id, choice)
         newest = select(labels.c.label).where(labels.c.record == number).order_by(labels.c.id.desc())
         before = connection.scalar(newest.limit(1))
         row = {"record": number, "label": str(label), "by": by, "created": clock()}

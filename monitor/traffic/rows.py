@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import Connection, Engine, func, insert, select, text, update
 
 from monitor.traffic.tables import readings, records
 from monitor.types import SEVERITY, Action, Coverage, Escalation, ProbeReading, Record
@@ -22,6 +22,9 @@ class Row(NamedTuple):
     record: dict[str, Any]
     readings: list[dict[str, Any]]
 
+
+Mark = tuple[str, int, float]
+"""A kept sequence: request id, choice, and the probability that it was kept with."""
 
 _NAMES = {
     kind: tuple(field.name for field in dataclasses.fields(kind))
@@ -90,3 +93,17 @@ def _numbers(connection: Connection, n: int) -> list[int]:
         return list(connection.execute(text(series), {"n": n}).scalars())
     newest = connection.scalar(select(func.max(records.c.id))) or 0  # whoever writes has locked the others out
     return list(range(newest + 1, newest + 1 + n))
+
+
+def mark_features(engine: Engine, file: str, marks: Sequence[Mark]) -> set[tuple[str, int]]:
+    """Tell records the file of their features; returns the (request id, choice) of those that there are.
+
+    raises: SQLAlchemyError
+    """
+    there = set()
+    with engine.begin() as connection:
+        for request_id, choice, q in marks:
+            which = (records.c.request_id == request_id) & (records.c.choice == choice)
+            if connection.execute(update(records).where(which).values(q=q, feature=file)).rowcount:
+                there.add((request_id, choice))
+    return there

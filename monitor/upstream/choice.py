@@ -86,6 +86,11 @@ class Choice:
         return self._setting.caller
 
     @property
+    def observer(self) -> Observer:
+        """What reads it, to the end: another set of probes has another one."""
+        return self._setting.observer
+
+    @property
     def ended(self) -> bool:
         return self.record is not None
 

@@ -67,7 +67,7 @@ class ObserverEngine:
     async def _read(self, twins: Sequence[Choice]) -> None:
         """One prompt: its scores serve all of its choices, its stream the first of them."""
         leader = twins[0]
-        stream = await leader.tried(self.observer.open(leader.prompt.token_ids))
+        stream = await leader.tried(leader.observer.open(leader.prompt.token_ids))
         scores = None if stream is None else stream.scores
         for choice in twins:
             choice.too_long = leader.too_long
@@ -115,15 +115,16 @@ class ObserverScorer:
 
     async def judge(self, request_id: str, prompt: Prompt, answer: tuple[int, ...], caller: Caller) -> Record:
         engine = self._engine
-        choice = Choice(engine.setting(request_id, caller), 0, prompt, engine.live.choose(caller))
+        setting = engine.setting(request_id, caller)
+        choice = Choice(setting, 0, prompt, engine.live.choose(caller))
         began, stream = time.perf_counter(), None
         try:
             try:
                 async with asyncio.timeout(engine.lag.seconds):
-                    stream = await engine.observer.open(prompt.token_ids)
+                    stream = await setting.observer.open(prompt.token_ids)
             except TimeoutError as error:
                 raise Overloaded("the observer is busy; try again later") from error
-            engine.setting(request_id, caller).scored(time.perf_counter() - began, len(prompt.token_ids))
+            setting.scored(time.perf_counter() - began, len(prompt.token_ids))
             await choice.read_prompt(stream, stream.scores)
             if not choice.ended:
                 await choice.read_ids(answer, "stop")

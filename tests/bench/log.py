@@ -4,6 +4,7 @@
 go through the writer, and the queue is asked as the console asks it.
 """
 
+import json
 import sqlite3
 import statistics
 import sys
@@ -12,8 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from monitor.traffic import Filter, TrafficLog, count_unlabelled, counts, review_queue
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.feed import Feed
+from monitor.traffic import Filter, TrafficLog, count_unlabelled, counts, record_json, review_queue
+from monitor.traffic.nearest import nearest_queue
 from monitor.types import Action, Mode, Phase
+from tests.admin_port import AdminPort
 from tests.bench.pairs import say
 from tests.test_records import reading, record
 
@@ -54,7 +59,7 @@ def filled(path: Path, n: int) -> float:
     began = time.perf_counter()
     database = sqlite3.connect(path)
     database.execute("PRAGMA cache_size=-500000")
-    database.execute(_FILL, {"n": n, "body": '{"readings": [], "verdict": "flag", "padding": "' + "x" * 1100 + '"}'})
+    database.execute(_FILL, {"n": n, "body": json.dumps(record_json(one(0)))})
     database.execute(_READINGS)
     database.commit()
     database.close()
@@ -105,6 +110,28 @@ def questions(n: int) -> dict[str, Filter]:
     }
 
 
+def nearest(n: int) -> dict[str, Filter]:
+    return {
+        "nearest to a threshold": Filter("demo", Phase.PROMPT),
+        "nearest, everything": Filter("demo", Phase.PROMPT, frozenset(Action), labelled=None),
+        "nearest, a large key": Filter("demo", Phase.PROMPT, key="key7"),
+        "nearest, the last day": Filter("demo", Phase.PROMPT, since=n * 2.0 - DAY),
+    }
+
+
+def routes(path: Path) -> dict[str, tuple[float, float]]:
+    """Through the admin port's socket, guard and audit row and all: as the console asks."""
+    desk = Desk(path, Feed(), None)  # type: ignore[arg-type] - no text is asked for
+    port = AdminPort(path.parent, desk)
+    try:
+        return {
+            f"GET /admin/{query}": asked(lambda query=query: port.ask("GET", f"/admin/{query}"))  # type: ignore[misc]
+            for query in ("queue", "queue?labelled=any", "queue?key=key7", "queue/counts")
+        }
+    finally:
+        port.stop()
+
+
 def main() -> None:
     n = int(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +147,16 @@ def main() -> None:
         place = review_queue(path, Filter(), 50)[-1].place
         median, slowest = asked(lambda: review_queue(path, Filter(), 50, place))
         say(f"queue, next page: {median:.0f} ms, at most {slowest:.0f} ms")
+        for name, which in nearest(n).items():
+            median, slowest = asked(lambda which=which: nearest_queue(path, which, 2.5, 50))  # type: ignore[misc]
+            worst = max(worst, median)
+            say(f"queue, {name}: {median:.0f} ms, at most {slowest:.0f} ms")
+        place = nearest_queue(path, next(iter(nearest(n).values())), 2.5, 50)[-1].place
+        median, slowest = asked(lambda: nearest_queue(path, next(iter(nearest(n).values())), 2.5, 50, place))
+        say(f"queue, nearest, next page: {median:.0f} ms, at most {slowest:.0f} ms")
+        for name, (median, slowest) in routes(path).items():
+            worst = max(worst, median)
+            say(f"{name}: {median:.0f} ms, at most {slowest:.0f} ms")
         say(f"queue: the slowest question {worst:.0f} ms (wanted: {QUEUE_MS:.0f})")
         for name, act in (("backlog", count_unlabelled), ("counts", counts)):
             median, slowest = asked(lambda act=act: act(path))  # type: ignore[misc, operator]

@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from .debian import Tools, Unavailable, find_tools
+from tests.debian import Unavailable
+
+from .debian import Tools, find_tools
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.debian import Unavailable, unpack
 
 PACKAGES = ("prometheus", "prometheus-alertmanager")
 NAMES = {  # Debian calls the one that would be taken otherwise by its package
@@ -26,10 +27,6 @@ NAMES = {  # Debian calls the one that would be taken otherwise by its package
 UNPACKED = Path(sys.prefix) / "debian"
 # Where Debian's Alertmanager has its templates, and the same place seen from /: as long, so it can be written into it.
 TEMPLATES, RELATIVE = b"/usr/share/prometheus/alertmanager", b"usr//share/prometheus/alertmanager"
-
-
-class Unavailable(Exception):
-    """The programs are not on PATH, and apt can't give them; why, in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ def find_tools() -> Tools:
     """From PATH, else from the packages unpacked before, else from apt. raises: Unavailable"""
     found = _look(os.environ.get("PATH", "")) or _look(str(UNPACKED / "usr/bin"))
     if found is None:
-        _unpack()
+        unpack(PACKAGES, UNPACKED, edit=_from_everywhere)
         found = _look(str(UNPACKED / "usr/bin"))
     if found is None:
         raise Unavailable(f"the packages {', '.join(PACKAGES)} lack one of {', '.join(NAMES)}")
@@ -61,39 +58,9 @@ def _look(path: str) -> Tools | None:
     return Tools(**found)
 
 
-def _unpack() -> None:
-    """Only files: no installation, so no system service is started and no root is needed. raises: Unavailable"""
-    missing = [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]
-    if missing:
-        raise Unavailable(f"no {' and no '.join(NAMES)} on PATH, and no {' or '.join(missing)} to get them with")
-    with tempfile.TemporaryDirectory(dir=sys.prefix) as scratch:
-        folder = Path(scratch)
-        _download(folder)
-        for package in folder.glob("*.deb"):
-            _run(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], folder)
-        program = folder / "unpacked/usr/bin/prometheus-alertmanager"
-        program.write_bytes(program.read_bytes().replace(TEMPLATES, RELATIVE))
-        with contextlib.suppress(OSError):  # another test run was first: the same files
-            (folder / "unpacked").rename(UNPACKED)
-
-
-def _download(folder: Path) -> None:
-    # apt would give downloads to a user of its own, which may not write here.
-    apt = ["apt-get", "-q", "-o", "APT::Sandbox::User=root"]
-    try:
-        _run([*apt, "download", *PACKAGES], folder)
-    except Unavailable:  # no list of packages yet, or an old one: a list of our own needs no root
-        for part in ("lists", "cache"):
-            (folder / part / "partial").mkdir(parents=True)
-        own = ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
-        _run([*apt, *own, "update"], folder)
-        _run([*apt, *own, "download", *PACKAGES], folder)
-
-
-def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise Unavailable(f"{command[0]} has failed: {done.stderr.strip()[-500:]}")
+def _from_everywhere(folder: Path) -> None:
+    program = folder / "usr/bin/prometheus-alertmanager"
+    program.write_bytes(program.read_bytes().replace(TEMPLATES, RELATIVE))
 
 
 def free_port() -> int:

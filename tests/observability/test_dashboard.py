@@ -33,9 +33,12 @@ LABELS = {  # of what no record sets: other modules count it
     "limited": ["rate_per_key"],
     "key_events": ["partner", "flag"],
     "records_dropped": [],
+    "features_kept": ["uniform"],
+    "features_dropped": ["queue_full"],
     "notice_lines": ["written"],
     "webhook": ["sent"],
     "policy_reloads": ["loaded"],
+    "probe_reload": ["loaded"],
     "admin_requests": ["done"],
 }
 
@@ -174,9 +177,16 @@ class Server:
         edges = tuple(i / 2 - 2 for i in range(9))
         references = {(PROBE, phase, "chat"): Reference(edges, 1.7, 0.005) for phase in Phase}
         self.metrics.probes([(PROBE, "v1", "ab" * 32, "15")], {"chat": rules}, references)
-        for name, value in (("active_sequences", 3), ("waiting_prompts", 1), ("record_queue_depth", 2)):
+        for name, value in (
+            ("active_sequences", 3),
+            ("waiting_prompts", 1),
+            ("record_queue_depth", 2),
+            ("feature_queue_depth", 1),
+        ):
             self.metrics.read(name, lambda value=value: value)
         self.metrics.review_backlog.set(4)
+        self.metrics.drift_mahalanobis_ratio.labels(PROBE, Phase.PROMPT).set(1.2)
+        self.metrics.calibration_rows_needed.labels(PROBE).set(98)
         self.metrics.ready.set(1)
         for _ in range(70):
             self.finish()

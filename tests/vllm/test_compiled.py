@@ -3,15 +3,19 @@
 import asyncio
 import os
 
+import numpy as np
 import pytest
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from monitor.engines.vllm.reread import averages
 from monitor.probe import ProbeWeights
+from monitor.types import Turn
 
 from ..conftest import LAYER
+from ..test_feature_log import hidden
 from .conftest import COMMON, EVERYTHING, harness, make_plan
 from .test_engine import CHUNKED, FLAG, check, prompt
 
@@ -61,3 +65,21 @@ def test_parity_and_two_sets_of_weights_over_one_compile_cache(tiny, random_prob
             off = max(check(engine, tiny, probe, a) for a in [*answers, *again])
             assert max(a.cached for a in again) >= 192
             print(f"compiled ({report['compiled']}), weights {i}: largest difference {off:.1e}")
+
+
+def test_the_feature_log_is_in_the_graph_too(tiny, random_probe, cache, tmp_path):
+    """Over the cache of graphs without it: its setting is part of their key."""
+    plan = make_plan(tiny, tmp_path, [(random_probe, EVERYTHING)], COMPILED, modes=FLAG, log_features=True)
+    with harness(plan) as engine:
+        asked = prompt(tiny, "z" * 150 + " twice")
+        answers = engine.run(engine.ask_all([asked, asked], max_tokens=20, ignore_eos=True))
+        for answered in answers:
+            check(engine, tiny, random_probe, answered)
+            ids, turn = [*asked.token_ids, *answered.ids[0]][:-1], asked.turns[-1]
+            spans = [turn, Turn(len(asked.token_ids), len(ids))]
+            means = engine.run(averages(engine.engine, ids, spans, 1))
+            for got, span in zip(means, spans, strict=True):
+                expected = hidden(tiny.module, ids, span.start, span.end)
+                off = float(np.abs(got[0] - expected).max())
+                assert off <= 1e-4
+            print(f"compiled, feature log: largest difference {off:.1e}")

@@ -83,6 +83,14 @@ FILTERED = {
 }
 CASES = [("chat/completions", 1), ("chat/completions", 3), ("completions", 1), ("completions", 3)]
 CASES += [("responses", 1), ("messages", 1)]
+# 512 requests in all with every position; these have the ends, and one position past each power of two.
+POSITIONS = pytest.mark.parametrize(
+    "positions",
+    [
+        pytest.param((1, 2, 3, 9, 17, 32), id="sample"),
+        pytest.param(range(1, 33), id="all", marks=pytest.mark.attack),
+    ],
+)
 
 
 def check(web, quiet, route, p, stream, n, after=None, **more):
@@ -99,20 +107,22 @@ def check(web, quiet, route, p, stream, n, after=None, **more):
         assert (record.released_tokens, record.finish, record.coverage.unmonitored) == (p - 1, "content_filter", 0)
 
 
+@POSITIONS
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("route", "n"), CASES)
-def test_no_character_of_the_trigger_on_any_route(web, quiet, route, n, stream):
-    for p in range(1, 33):
+def test_no_character_of_the_trigger_on_any_route(web, quiet, route, n, stream, positions):
+    for p in positions:
         check(web, quiet, route, p, stream, n)
     assert web.idle()
 
 
+@POSITIONS
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ending", ["stop string", "end token"])
-def test_the_step_that_ends_the_answer_is_judged_first(web, quiet, ending, stream):
+def test_the_step_that_ends_the_answer_is_judged_first(web, quiet, ending, stream, positions):
     after = token(quiet, STOP) if ending == "stop string" else quiet.tokenizer.eos_token_id
     more = {"stop": ["!"]} if ending == "stop string" else {}
-    for p in range(1, 33):
+    for p in positions:
         check(web, quiet, "chat/completions", p, stream, 3, after, **more)
     assert web.idle()
 

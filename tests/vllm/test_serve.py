@@ -11,6 +11,8 @@ import time
 import httpx
 import pytest
 
+from monitor.traffic.features import read_features
+
 from ..conftest import calibrated
 from .conftest import EAGER, VllmServer
 
@@ -19,7 +21,9 @@ MODES = json.dumps({"random": {"prompt": "block", "response": "block"}})
 
 @pytest.fixture
 def server(tiny, random_probe, tmp_path):
-    running = VllmServer(tmp_path, tiny, [(random_probe, {"calibration": calibrated(1e6)})], EAGER, modes=MODES)
+    features = {"log_features": "true", "feature_rate": "1", "features": str(tmp_path / "features")}
+    probes = [(random_probe, {"calibration": calibrated(1e6)})]
+    running = VllmServer(tmp_path, tiny, probes, EAGER, modes=MODES, **features)
     yield running
     running.stop()
 
@@ -38,7 +42,7 @@ def children(pid):
     return below
 
 
-def test_ready_asked_shown_drained(server, tiny):
+def test_ready_asked_shown_drained(server, tiny, tmp_path):
     server.wait()
     assert httpx.get(server.url + "/ready").json() == {"status": "ready", "engine": "vllm"}
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
@@ -65,6 +69,12 @@ def test_ready_asked_shown_drained(server, tiny):
     asking.join(60)
     assert late[0].status_code == 200 and late[0].json()["usage"]["completion_tokens"] == 300
     assert server.record(late[0].headers["x-midstream-request-id"])[0]["finish"] == "length"
+    # The first was read again, which left no record of its own; the last came too late for that.
+    kept = [f for f in read_features(tmp_path / "features") if f.request_id == request_id]
+    assert [(f.phase, f.n_tokens, f.q, f.fingerprint) for f in kept] == [
+        ("prompt", record["coverage"]["prompt_tokens"] - record["counted"][-1][0], 1.0, tiny.fingerprint),
+        ("response", 4, 1.0, tiny.fingerprint),
+    ]
 
 
 def test_a_dead_engine_ends_the_server_with_its_own_exit_code(server):

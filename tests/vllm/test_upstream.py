@@ -1,12 +1,7 @@
 """The proxy in front of a plain vLLM server: nothing of ours runs there."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 
 import httpx
 import openai
@@ -16,6 +11,7 @@ from monitor.engines.vllm.environment import prepare
 
 from ..contract import CHAT, TEXT, Reply
 from ..fake_observer import proxying
+from ..foreign import foreign, free_port
 from ..star import FILLER, token
 from .conftest import EAGER
 
@@ -26,27 +22,13 @@ KEY = "the-operators-own"
 def plain(tiny_folder, tmp_path_factory):
     """Its URL."""
     prepare()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     # Not the command `vllm`: the CPU build's metadata has another name, and it stops there.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_folder)]
     command += ["--served-model-name", "far"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, *EAGER]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=dict(os.environ))
-        try:
-            deadline = time.monotonic() + 300
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                        break
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
+    with foreign(command, port, tmp_path_factory.mktemp("vllm")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from monitor.api.errors import ApiError
+from monitor.api.output_item import closing, message, numbered, streamed
 from monitor.api.upstream.wire import FILTERED, Json, Piece, Wire, expect
 from monitor.types import FinishReason
 from monitor.upstream.choice import Choice
@@ -15,6 +15,7 @@ from monitor.upstream.texts import Text, cut, texts
 _ENDS: dict[str, FinishReason] = {"response.completed": "stop", "response.incomplete": "length"}
 _FAILS = ("response.failed", "response.cancelled")
 _SAID = ("message", "reasoning")  # what an answer says; every other item calls something
+_BEGINS, _TEXT = "response.content_part.added", "response.output_text.delta"
 _PLACE = ("item_id", "output_index", "content_index", "summary_index")
 
 
@@ -38,7 +39,7 @@ class Said:
         return self._noted() if judged else None
 
     def _noted(self) -> bytes:
-        self._wire.note(self._data, self._placed)
+        self._wire.note(self._data)
         return self._raw
 
     def _begun(self) -> bytes:
@@ -50,7 +51,7 @@ class Said:
             return b""
         cut(self._placed, released)
         self._data |= {"logprobs": []} if "logprobs" in self._data else {}
-        self._wire.note(self._data, self._placed)
+        self._wire.note(self._data)
         return frame(self._data, self._data["type"])
 
 
@@ -67,18 +68,19 @@ class ResponsesWire(Wire):
         self._deltas: dict[str, str] = {}  # place -> text so far
         self._whole: set[str] = set()  # texts that were read as wholes
         self._response: Json = {}
-        self._sequence = 0
-        self._output: dict[str, Json] = {}
+        # Of what has gone out: the number of the next event and of the next item, its messages, and those with an end.
+        self._number = self._items = 0
+        self._said: dict[str, tuple[int, Json]] = {}
+        self._ended: set[tuple[str, str]] = set()
 
     def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
         kind = data.get("type")
         expect(isinstance(kind, str), "an event has no type")
-        if isinstance(data.get("sequence_number"), int):
-            self._sequence = data["sequence_number"]
         if isinstance(data.get("response"), dict):
             self._response = data["response"]
         if str(kind).endswith(".delta"):
             place = self._place(data)
+            expect(kind != _TEXT or isinstance(data.get("delta"), str), "a piece of text is none")
             found = texts(data.get("delta"), place) if not isinstance(data.get("delta"), str) else None
             found = found if found is not None else [Text(place, data, "delta", data["delta"])]
             self._deltas[place] = self._deltas.get(place, "") + "".join(t.value for t in found)
@@ -108,19 +110,35 @@ class ResponsesWire(Wire):
         self._whole.update(t.value for t in found)
         return found
 
-    def note(self, data: Json, placed: list[tuple[Text, int]]) -> None:
-        """What has gone out, for the output of an answer that is cut."""
-        if data["type"] == "response.output_text.delta":
-            item = str(data.get("item_id"))
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            own = {"id": item, "type": "message", "role": "assistant", "status": "incomplete", "content": [part]}
-            self._output.setdefault(item, own)["content"][0]["text"] += data["delta"]
+    def note(self, data: Json) -> None:
+        """It goes out: what an answer that is cut has to know of it."""
+        kind, number, index = data["type"], data.get("sequence_number"), data.get("output_index")
+        self._number = number + 1 if isinstance(number, int) else self._number
+        if isinstance(index, int):
+            self._items = max(self._items, index + 1)
+        inner, part = data.get("item"), data.get("part")
+        item = str(data.get("item_id") or (inner.get("id") if isinstance(inner, dict) else ""))
+        begins = kind == _BEGINS and isinstance(part, dict) and part.get("type") == "output_text"
+        if begins or kind == _TEXT:
+            own = message("", "") | {"id": item}
+            said = self._said.setdefault(item, (index or 0, own))[1]["content"][0]
+            said["text"] += data["delta"] if kind == _TEXT else ""
+        elif kind.endswith(".done"):
+            self._ended.add((kind, item))
 
     def incomplete(self) -> bytes:
-        """The last event of an answer that was blocked."""
-        response = self._response | self._filtered(list(self._output.values()))
-        data = {"type": "response.incomplete", "sequence_number": self._sequence + 1, "response": response}
-        return frame(data, "response.incomplete")
+        """The last events of an answer that was blocked: ends of what it has begun to say, and the policy's text."""
+        begun = [event for index, item in self._said.values() for event in closing(item, index)]
+        events = [e for e in begun if (e["type"], e.get("item_id") or e["item"]["id"]) not in self._ended]
+        output = [item for _, item in self._said.values()]
+        if self.terms.replacement is not None:
+            output.append(own := message(self._identity(self._response), self.terms.replacement))
+            events += streamed(own, self._items)
+        events.append({"type": "response.incomplete", "response": self._response | self._filtered(output)})
+        return b"".join(frame(event, event["type"]) for event in numbered(events, self._number))
+
+    def _identity(self, response: Json) -> str:
+        return f"{response.get('id')}_replaced"
 
     def _filtered(self, output: list[Json]) -> Json:
         return {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
@@ -130,7 +148,7 @@ class ResponsesWire(Wire):
 
     def error(self, error: ApiError) -> bytes:
         fields = {key: error.error[key] for key in ("code", "message", "param")}
-        return frame({"type": "error", "sequence_number": self._sequence + 1} | fields, "error")
+        return frame({"type": "error", "sequence_number": self._number} | fields, "error")
 
     def whole(self, body: Json) -> Callable[[], Json | None]:
         output = body.get("output")
@@ -143,9 +161,7 @@ class ResponsesWire(Wire):
         if not self.choice.blocked:
             return None
         if self.terms.replacement is not None:
-            part: Any = {"type": "output_text", "text": self.terms.replacement, "annotations": [], "logprobs": []}
-            item = {"id": f"msg_{body.get('id')}", "type": "message", "role": "assistant", "status": "incomplete"}
-            return body | self._filtered([item | {"content": [part]}])
+            return body | self._filtered([message(self._identity(body), self.terms.replacement)])
         cut(placed, self.choice.released)
         said = [i | {"status": "incomplete"} for i in body["output"] if isinstance(i, dict) and i.get("type") in _SAID]
         return body | self._filtered(said)

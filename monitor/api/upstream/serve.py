@@ -11,17 +11,17 @@ from urllib.parse import urlsplit
 import uvicorn
 from rich.console import Console
 
-from monitor.api.control import Serving
+from monitor.api.admin.control import Serving
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.others import other_routes
 from monitor.api.serve import Server, Sinks, admin_door, announce, open_socket, plainly, summary
 from monitor.api.upstream.app import create_app
+from monitor.api.upstream.observers import Observers
 from monitor.api.upstream.routes import Proxy
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid
-from monitor.live import LiveProbes
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
@@ -38,6 +38,11 @@ def serve(settings: Settings) -> int:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
         remember_hangups()
         shared_folder()  # an unusable one is known before the model is loaded
+        if settings.log_features:
+            raise ConfigInvalid(
+                "log_features needs an engine of ours: the observer behind --upstream gives scores, never activations; "
+                "turn it off, or serve the model with --engine embedded or vllm"
+            )
         upstream = connect(settings)
         metrics = Metrics()
         edge = Edge.of(settings, metrics, lambda key: sinks.offenders.refused_for(key), lambda: sinks.traffic)
@@ -56,10 +61,11 @@ def serve(settings: Settings) -> int:
         app = create_app(proxy, metrics, edge, other_routes(judging, lambda: engine.live))
         bound_s = max(1, round(settings.shutdown_timeout_s))
         config = uvicorn.Config(app, timeout_graceful_shutdown=bound_s, **edge.server_options())
-        beside = closing(upstream, door.beside(serving(engine), sinks, plainly(console)))
+        observers = Observers(settings, engine, loaded)
+        beside = closing(upstream, door.beside(serving(engine, observers), sinks, plainly(console)))
         server = Server(config, cast(Any, engine), beside)  # all it needs is `drain`
         observer.start()
-        stack.callback(observer.stop)
+        stack.callback(observers.stop)
         stack.callback(engine.stop)
         console.print(summary(observer.model.name, observer.model.dtype, live, loaded.off))
         host, port = listener.getsockname()[:2]
@@ -108,13 +114,9 @@ async def closing(upstream: Upstream, beside: contextlib.AbstractAsyncContextMan
             await upstream.close()
 
 
-def serving(engine: ObserverEngine) -> Serving:
-    def put(live: LiveProbes) -> None:
-        engine.live = live
-
-    observer = engine.observer
+def serving(engine: ObserverEngine, observers: Observers) -> Serving:
     scorer = ObserverScorer(engine)
-    return Serving(engine.describe, lambda: engine.live, put, scorer, observer.template, engine.model_name)
+    return Serving(engine.describe, lambda: engine.live, observers.put, observers.stage, scorer, engine.observer.model)
 
 
 def shown(url: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from monitor.api.errors import ApiError
+from monitor.api.output_item import message, numbered, streamed
 from monitor.api.vllm.wire import FILTERED, Wire, sse
 from monitor.engines.vllm.call import Call
 
@@ -13,14 +14,21 @@ _SAID = ("message", "reasoning")  # what an answer says; every other item calls 
 
 
 class ResponsesWire(Wire):
-    """A stream is cut, never replaced: its text belongs to events that are numbered and repeated at the end."""
+    """A stream has said some of its text already: a text that replaces the rest is an item of its own behind it."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._items = 0  # that a client was told of
+        self._number: int | None = None  # of the next event, once some of them are ours or left out
+
+    def opened(self, events: bytes) -> None:
+        super().opened(events)
+        if not self.rewrites:
+            self._items += events.count(b"event: response.output_item.added\n")
 
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
-        if self.terms.replacement is not None:
-            part = {"type": "output_text", "text": self.terms.replacement, "annotations": [], "logprobs": []}
-            item = {"id": f"msg_{self.call.id}", "type": "message", "role": "assistant", "status": "incomplete"}
-            body = body | {"output": [item | {"content": [part]}]}
-        return self._incomplete(body)
+        said = [] if self.terms.replacement is None else [message(self.call.id, self.terms.replacement)]
+        return self._incomplete(body if not said else body | {"output": said})
 
     def _incomplete(self, body: dict[str, Any]) -> dict[str, Any]:
         output = [item | {"status": "incomplete"} for item in body["output"] if item["type"] in _SAID]
@@ -30,15 +38,31 @@ class ResponsesWire(Wire):
         if data is None:
             yield b"data: [DONE]\n\n"
             return
+        if self._number is None:
+            self._number = data.get("sequence_number")
+        events = self._kept(data)
+        if self._number is not None:
+            events = numbered(events, self._number)
+            self._number += len(events)
+        for event in events:
+            yield sse(event["type"], event)
+
+    def _kept(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        """The event as a client may see it, ours before it, or nothing."""
         kind, item = data["type"], data.get("item")
         if kind in ("response.completed", "response.failed"):
-            kind = "response.incomplete"
-            data = data | {"type": kind, "response": self._incomplete(data["response"])}
-        elif "_call" in kind or (item is not None and item["type"] not in _SAID):
-            return
-        elif kind == "response.output_item.done":
+            response, ours = self._incomplete(data["response"]), []
+            if self.terms.replacement is not None:
+                own = message(self.call.id, self.terms.replacement)
+                ours = streamed(own, self._items)
+                response["output"].append(own)
+            return [*ours, data | {"type": "response.incomplete", "response": response}]
+        if "_call" in kind or (item is not None and item["type"] not in _SAID):
+            return []
+        if kind == "response.output_item.done":
             data = data | {"item": data["item"] | {"status": "incomplete"}}
-        yield sse(kind, data)
+        self._items += kind == "response.output_item.added"
+        return [data]
 
     def error_event(self, error: ApiError) -> bytes:
         fields = {key: error.error[key] for key in ("code", "message", "param")}

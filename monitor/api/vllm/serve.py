@@ -20,8 +20,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 
+from monitor.api.admin.control import Serving
 from monitor.api.app import bare_app
-from monitor.api.control import Serving
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
@@ -30,7 +30,7 @@ from monitor.api.serve import EXIT_ENGINE_DIED, Door, Sinks, admin_door, announc
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings
-from monitor.engines.vllm.launch import Plan, Started, plan, started
+from monitor.engines.vllm.launch import Plan, Started, check_canaries, plan, started
 from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes
 from monitor.metrics import Metrics
@@ -117,13 +117,17 @@ def serve(settings: Settings, extra: Sequence[str]) -> int:
             prepared = plan(settings, extra)
         sinks = Sinks(settings, metrics, edge.spans)
         stack.callback(sinks.close)
+        sinks.keep_features(settings, prepared.model)
         code: int = uvloop.run(_serve(prepared, listener, sinks, door, console))
         return code
 
 
 async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, door: Door, console: Console) -> int:
     console.print(f"starting vLLM with {prepared.model.name} …", highlight=False)
-    async with started(prepared, sinks) as running:
+    features = sinks.features
+    async with started(prepared, sinks, offer=None if features is None else features.offer) as running:
+        if features is not None:
+            features.attach(running.rereading)
         app = await build(running, sinks.metrics, door.edge)
         announce(prepared.model.name, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))
@@ -146,10 +150,12 @@ def _serving(running: Started) -> Serving:
     def describe() -> Mapping[str, Any]:
         return {"engine": "vllm", "active": judge.active}
 
-    def put(live: LiveProbes) -> None:
-        judge.banks.current.live = live
+    async def stage(live: LiveProbes) -> None:
+        bank = await judge.banks.stage(live)
+        if bank is not judge.banks.current:
+            await check_canaries(running.scorer, running.plan, live, bank)
 
-    return Serving(describe, lambda: judge.banks.current.live, put, running.scorer, model.template, model.name)
+    return Serving(describe, lambda: judge.banks.current.live, judge.banks.put, stage, running.scorer, model)
 
 
 async def _say_when_listening(app: FastAPI, console: Console, line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,17 +11,19 @@ import numpy as np
 import torch
 
 from monitor.config import Settings
+from monitor.engines.embedded.asking import Asking
 from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
 from monitor.engines.embedded.generation import Generation, Group
 from monitor.engines.embedded.model import LoadedModel
+from monitor.engines.embedded.reread import Rereading
 from monitor.engines.embedded.sampling import Sampler
 from monitor.engines.embedded.schedule import Schedule
+from monitor.engines.embedded.sets import Forward, ProbeSet, Sets
 from monitor.engines.embedded.text import AnswerText
+from monitor.engines.embedded.trial import Trial
 from monitor.errors import Overloaded, RequestInvalid
 from monitor.live import LiveProbes
-from monitor.policy.second import Asker
-from monitor.question import Question
-from monitor.tap import Tap
+from monitor.reread import Offer
 from monitor.types import Deliver, FinishReason, GenerationRequest, Observer, Prompt, Scores
 
 _PAUSE_S = 0.05
@@ -32,6 +33,7 @@ class EmbeddedEngine:
     """transformers in this process. `start` it, `submit` requests, `stop` it; `prefill` scores without generating.
 
     died: called once, from the engine's thread, when a step raises; the engine is then not ready for good
+    offer: told of each finished sequence after its record was published; `rereading` reads it again
     """
 
     def __init__(
@@ -41,21 +43,23 @@ class EmbeddedEngine:
         settings: Settings,
         observer: Observer,
         died: Callable[[BaseException], None] = lambda error: None,
+        offer: Offer | None = None,
     ) -> None:
         self.model_name = model.name
         self.max_model_len = min(model.max_model_len, settings.max_model_len or model.max_model_len)
-        self.live = live
         self.steps = 0
         self._model = model
         self._settings = settings
         self._observer = observer
-        self._died = died
-        self._tap = Tap(model.module, live.bank, settings.max_step_tokens + settings.max_sequences)
+        self._died, self._offer = died, offer
+        self._sets = Sets(live)
+        self._pass = Forward(model, self._sets.current, settings.max_step_tokens + settings.max_sequences)
         self._schedule = Schedule(settings)
         self._aborted: set[str] = set()
-        self._answers: list[tuple[Generation, Question, float | None]] = []  # of the second judge
-        self._asker = Asker()
+        self._beside: list[Generation] = []  # canaries: not behind others, a roll-back must not wait for a slot
         self._wake = threading.Condition()
+        self._asking = Asking(self._wake, lambda ids: str(model.tokenizer.decode(ids)))
+        self.rereading = Rereading(model.module, lambda: self.live.bank.layers, self._wake, settings.max_step_tokens)
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
@@ -64,13 +68,43 @@ class EmbeddedEngine:
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
+    @property
+    def live(self) -> LiveProbes:
+        """The probes in service. Set them: requests from now on are judged by the new ones, those at work end on the
+        old. raises: Overloaded if requests still run on too many sets before"""
+        return self._sets.current.live
+
+    @live.setter
+    def live(self, live: LiveProbes) -> None:
+        with self._wake:
+            self._sets.put(live, self._schedule.probes)
+
+    def try_out(self, live: LiveProbes, timeout_s: float = 60.0) -> float:
+        """Score the canaries of probes that are not in service yet; returns the largest difference, in logits, 0 for
+        those of a set that was tried before. Waits, so not for the engine's thread, nor an event loop's.
+
+        raises: ProbeMismatch if a canary is off, Overloaded
+        """
+        with self._wake:
+            self._check_open()
+            probes = self._sets.of(live, self._schedule.probes)
+            if probes.verified:
+                return 0.0
+            trial = Trial(self._model, probes, live)
+            self._beside += trial.generations
+            self._wake.notify()
+        off = trial.check(self._settings.canary_tolerance, timeout_s)
+        probes.verified = True
+        return off
+
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         if request.n > self._settings.max_sequences:
             raise RequestInvalid(f"n is {request.n}; send at most {self._settings.max_sequences}", "n")
-        groups = [Group(list(self._choices(request, p, deliver))) for p in range(len(request.prompts))]
+        probes = self._sets.current
+        groups = [Group(list(self._choices(request, p, probes, deliver))) for p in range(len(request.prompts))]
         for group in groups:
             if group.reserved > self._settings.kv_tokens:
                 raise RequestInvalid(
@@ -79,12 +113,15 @@ class EmbeddedEngine:
                     "max_tokens",
                 )
         with self._wake:
-            if self._stopping or self._error is not None:
-                raise Overloaded("the server is shutting down; try again later")
+            self._check_open()
             if len(groups) > self._schedule.room:
                 raise Overloaded(f"{len(self._schedule.waiting)} prompts are waiting already; try again later")
             self._schedule.waiting.extend(groups)
             self._wake.notify()
+
+    def _check_open(self) -> None:
+        if self._stopping or self._error is not None:
+            raise Overloaded("the server is shutting down; try again later")
 
     def abort(self, request_id: str) -> None:
         with self._wake:
@@ -115,8 +152,8 @@ class EmbeddedEngine:
                 self._aborted |= self._schedule.request_ids
                 self._wake.notify()
             self._thread.join()
-        self._asker.close()
-        self._tap.detach()
+        self._asking.close()
+        self._pass.keep([])
 
     def prefill(self, prompt: Prompt) -> Scores:
         """(n_tokens, K) scores of a prompt, through the same forward pass; before `start` only."""
@@ -125,22 +162,27 @@ class EmbeddedEngine:
         cache, rows = KVCache(len(prompt.token_ids)), []
         for start in range(0, len(prompt.token_ids), self._settings.max_step_tokens):
             chunk = prompt.token_ids[start : start + self._settings.max_step_tokens]
-            rows.append(self._forward([list(chunk)], Packed([cache], [len(chunk)]), [])[0])
+            sets = [self._sets.current]
+            rows.append(self._pass.run([list(chunk)], Packed([cache], [len(chunk)]), [], sets)[0][sets[0]])
         return np.concatenate(rows)
 
-    def _choices(self, request: GenerationRequest, prompt_index: int, deliver: Deliver) -> Iterator[Generation]:
-        prompt, policy = request.prompts[prompt_index], self.live.choose(request.caller)
+    def _choices(
+        self, request: GenerationRequest, prompt_index: int, probes: ProbeSet, deliver: Deliver
+    ) -> Iterator[Generation]:
+        prompt, policy = request.prompts[prompt_index], probes.live.choose(request.caller)
         spell = self._model.tokenizer.decode
         for i in range(request.n):
             yield Generation(
                 request,
                 prompt_index * request.n + i,
                 prompt,
+                probes,
                 policy,
                 Sampler(request.sampling, i, lambda token: spell([token])),
                 AnswerText(self._model.tokenizer, request.sampling.stop),
                 deliver,
                 self._observer.record,
+                self._offer,
             )
 
     # --- the engine's thread ------------------------------------------------------------------------------------
@@ -152,23 +194,26 @@ class EmbeddedEngine:
                 self._take_answers()
                 with self._wake:
                     self._schedule.admit()
+                    self._schedule.active += self._beside
+                    self._beside = []
                 if self._schedule.active and not self._step():
                     self._pause()
+                self.rereading.step(bool(self._schedule.active or self._schedule.waiting))
         except BaseException as error:
             self._die(error)
 
     def _wait_for_work(self) -> bool:
         schedule = self._schedule
         with self._wake:
-            while not (schedule.waiting or schedule.active or self._stopping):
+            while not (schedule.waiting or schedule.active or self._beside or self.rereading.waits or self._stopping):
                 self._aborted.clear()  # nobody is here that they could name
                 self._wake.wait()
-            return bool(schedule.waiting or schedule.active)
+            return bool(schedule.waiting or schedule.active or self._beside or not self._stopping)
 
     def _pause(self) -> None:
         """Every active sequence waits for the second judge, who answers within a deadline."""
         with self._wake:
-            if not (self._answers or self._aborted):
+            if not (self._asking.answered or self._aborted):
                 self._wake.wait(_PAUSE_S)
 
     def _drop_aborted(self) -> None:
@@ -179,7 +224,7 @@ class EmbeddedEngine:
             self._finish(sequence, "aborted")
 
     def _finish(self, sequence: Generation, reason: FinishReason) -> None:
-        rows = np.empty((0, len(self.live.bank)), dtype=np.float32)
+        rows = np.empty((0, sequence.probes.k), dtype=np.float32)
         sequence.judge(sequence.cache.length, rows, 0, reason, self.model_name)
 
     def _step(self) -> bool:
@@ -187,45 +232,27 @@ class EmbeddedEngine:
         batch = list(self._schedule.choose())
         if not batch:
             return False
+        if self._pass.several:  # some of them may be through
+            with self._wake:
+                self._pass.keep(self._schedule.probes | {self._sets.current})
         packed = Packed([s.cache for s, _ in batch], [n for _, n in batch])
         tokens = [s.tokens[s.cache.length : s.cache.length + n] for s, n in batch]
         ends = np.cumsum(packed.n_new) - 1
         samples = [i for i, (s, n) in enumerate(batch) if s.samples_after(n)]
-        rows, logits = self._forward(tokens, packed, [int(ends[i]) for i in samples])
+        sets = list(dict.fromkeys(s.probes for s, _ in batch))
+        scores, logits = self._pass.run(tokens, packed, [int(ends[i]) for i in samples], sets)
         began = time.perf_counter()
         next_logits = dict(zip(samples, logits, strict=True))
         for i, (sequence, n) in enumerate(batch):
             first = sequence.cache.length - n
-            self._advance(sequence, first, rows[ends[i] + 1 - n : ends[i] + 1], next_logits.get(i))
+            rows = scores[sequence.probes][ends[i] + 1 - n : ends[i] + 1]
+            self._advance(sequence, first, rows, next_logits.get(i))
         for sequence in self._schedule.active:
-            self._ask(sequence)
+            self._asking.ask(sequence)
         self._schedule.active = [s for s in self._schedule.active if not s.ended]
         self._observer.scored(time.perf_counter() - began, packed.n_tokens)
         self.steps += 1
         return True
-
-    def _forward(self, tokens: list[list[int]], packed: Packed, sample_at: list[int]) -> tuple[Scores, torch.Tensor]:
-        device = self.live.bank.weight.device
-        n = packed.n_tokens
-        self._tap.begin(n)
-        with torch.inference_mode():
-            output = self._model.module(
-                input_ids=torch.tensor([[t for part in tokens for t in part]], device=device),
-                position_ids=torch.tensor([packed.positions()], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(sample_at, dtype=torch.long, device=device),
-                packed=packed,
-            )
-        packed.advance()
-        return self._scores(n), output.logits[0]
-
-    def _scores(self, n: int) -> Scores:
-        """A tap that breaks leaves no scores, and the fail mode decides; it must not end everybody's answer."""
-        try:
-            return self._tap.read(n)
-        except RuntimeError as error:  # torch's kind
-            print(f"midstream: the tap failed, {n} tokens have no score: {error}", file=sys.stderr)
-            return np.full((n, len(self.live.bank)), np.nan, dtype=np.float32)
 
     def _advance(self, sequence: Generation, first: int, rows: Scores, logits: torch.Tensor | None) -> None:
         group = self._schedule.groups.get(id(sequence))
@@ -260,31 +287,10 @@ class EmbeddedEngine:
                 sequence.last, finish = finish, None
         sequence.judge(first, rows, n_new, finish, self.model_name)
 
-    def _ask(self, sequence: Generation) -> None:
-        """Hand a question that is new to the second judge's threads."""
-        question = sequence.watch.question
-        if question is None or question is sequence.asked:
-            return
-        sequence.asked = question
-        how = self.live.second(sequence.policy.terms.policy)
-        if how is None:  # the policy was replaced by one without a second judge
-            self._answered(sequence, question, None)
-            return
-        read = sequence.tokens[: question.n_read]
-        spell = self._model.tokenizer.decode
-        self._asker.ask(how, lambda: str(spell(read)), lambda z: self._answered(sequence, question, z))
-
-    def _answered(self, sequence: Generation, question: Question, second: float | None) -> None:
-        with self._wake:
-            self._answers.append((sequence, question, second))
-            self._wake.notify()
-
     def _take_answers(self) -> None:
-        with self._wake:
-            answers, self._answers = self._answers, []
-        for sequence, question, second in answers:
-            if sequence.watch.question is question:
-                sequence.resolve(second, self.model_name)
+        answers = self._asking.take()
+        for sequence, _, second in answers:
+            sequence.resolve(second, self.model_name)
             if sequence.ended:
                 self._schedule.groups.pop(id(sequence), None)
         if answers:
@@ -293,7 +299,8 @@ class EmbeddedEngine:
     def _die(self, error: BaseException) -> None:
         with self._wake:
             self._error = error
-            left = self._schedule.clear()
+            left = self._schedule.clear() + self._beside
+            self._beside = []
         try:
             for sequence in left:
                 if not sequence.ended:

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from monitor.engines.embedded.attention import KVCache
 from monitor.engines.embedded.sampling import Sampler
+from monitor.engines.embedded.sets import ProbeSet
 from monitor.engines.embedded.text import AnswerText
 from monitor.policy.rule import Policy
 from monitor.question import Question
+from monitor.reread import Offer
 from monitor.sequence import Judged, Watch
 from monitor.types import (
     Deliver,
@@ -27,26 +29,28 @@ from monitor.types import (
 
 
 class Generation:
-    """cache.length counts the tokens fed so far; `tokens[cache.length:]` are still to be fed."""
+    """cache.length counts the tokens fed so far; `tokens[cache.length:]` are still to be fed. probes: that score it"""
 
     def __init__(
         self,
         request: GenerationRequest,
         index: int,
         prompt: Prompt,
+        probes: ProbeSet,
         policy: Policy,
         sampler: Sampler,
         text: AnswerText,
         deliver: Deliver,
         publish: Callable[[Record], None],
+        offer: Offer | None = None,
     ) -> None:
-        self.request, self.index, self.prompt = request, index, prompt
+        self.request, self.index, self.prompt, self.probes = request, index, prompt, probes
         self.policy, self.sampler, self.text = policy, sampler, text
         self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
         self.tokens: list[int] = [*prompt.token_ids, *(request.given or ())]
         self.cache = KVCache(self.reserved)
         self.last: FinishReason | None = None  # ended, but its last token is still to be scored (`score_last`)
-        self._deliver, self._publish = deliver, publish
+        self._deliver, self._publish, self._offer = deliver, publish, offer
         self._logprobs: list[TokenLogprob | None] = []
         self._sent = self._shown = 0
         self._announced = False
@@ -111,6 +115,8 @@ class Generation:
             name = self.policy.terms.policy
             record = self.watch.record(self.request.id, self.index, model, self.request.caller, name)
             self._publish(record)
+            if self._offer is not None:
+                self._offer(record, self.prompt, self.tokens)
             self.cache = KVCache(0)  # its memory goes now, not when the client lets go of the request
         if record is not None or text or n_tokens or not self._announced:
             opening = None if self._announced else Opening(self.policy.terms, self.watch.readings(Phase.PROMPT))

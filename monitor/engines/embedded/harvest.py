@@ -6,7 +6,6 @@ forward pass stops after the last block that is needed.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -16,24 +15,22 @@ from torch import Tensor
 
 from monitor.aggregate import Aggregation
 from monitor.config import Settings
-from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
+from monitor.engines.embedded.attention import KVCache, use_packed_attention
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel
+from monitor.engines.embedded.streams import Streams
 from monitor.errors import MidstreamError
 from monitor.live import LiveProbes
 from monitor.policy.rule import Rule
 from monitor.probe import ProbeBank, ProbeWeights
+from monitor.reread import Pooled
 from monitor.sequence import Watch
-from monitor.tap import attach, tap_op
-from monitor.types import Caller, Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores
+from monitor.tap import tap_op
+from monitor.types import Caller, Delta, Format, GenerationRequest, Mode, Phase, Prompt, Record, Sampling, Scores, Turn
 
 Progress = Callable[[int], None]
 _PASS_TOKENS = 2048
 _CALIBRATION_SEQUENCES = 32
-
-
-class _StopForward(Exception):
-    """Raised by the hook on the last block that is needed; what comes after it is not computed."""
 
 
 def _silent(n: int) -> None:
@@ -51,41 +48,37 @@ def residual_streams(
     if not prompts:
         return
     use_packed_attention(model.module)
-    streams: dict[int, Tensor] = {}
-    last = max(layers)
-
-    def read(layer: int, hidden: Tensor) -> None:
-        streams[layer] = hidden[0].float()
-        if layer == last:
-            raise _StopForward
-
-    def run(tokens: Sequence[Sequence[int]], caches: list[KVCache]) -> None:
-        packed = Packed(caches, [len(t) for t in tokens])
-        ids, positions = torch.tensor([[t for part in tokens for t in part]]), torch.tensor([packed.positions()])
-        with torch.inference_mode(), contextlib.suppress(_StopForward):
-            model.module(input_ids=ids, position_ids=positions, use_cache=False, packed=packed)
-        packed.advance()
-
-    handles = attach(model.module, sorted(layers), read)
+    taken = Streams(model.module, layers)
     try:
         # What all prompts begin with (a template's system turn, the user's header) is computed once.
         shared = prompts[0].token_ids[: _shared(prompts)]
         prefix = KVCache(len(shared))
         head = {layer: torch.empty(0, model.d_model) for layer in layers}
         if shared:
-            run([shared], [prefix])
-            head = dict(streams)
+            head = taken.run([shared], [prefix])
         for batch in _batches([len(p.token_ids) - len(shared) for p in prompts]):
             tokens = [prompts[i].token_ids[len(shared) :] for i in batch]
-            run(tokens, [prefix.fork(len(prompts[i].token_ids)) for i in batch])
+            streams = taken.run(tokens, [prefix.fork(len(prompts[i].token_ids)) for i in batch])
             start = 0
             for index, n in zip(batch, map(len, tokens), strict=True):
                 yield index, {k: torch.cat([head[k], streams[k][start : start + n]]) for k in layers}
                 start += n
             progress(len(batch))
     finally:
-        for handle in handles:
-            handle.remove()
+        taken.close()
+
+
+def span_means(
+    model: LoadedModel,
+    sequences: Sequence[tuple[Sequence[int], Sequence[Turn]]],
+    layers: Sequence[int],
+    progress: Progress = _silent,
+) -> Iterator[tuple[int, Pooled]]:
+    """See `Averager`, which it is of a model."""
+    prompts = [Prompt(tuple(ids), tuple(spans), 0, "raw") for ids, spans in sequences]
+    for index, streams in residual_streams(model, prompts, layers, progress):
+        per_span = [[streams[k][s.start : s.end].mean(0) for k in layers] for s in prompts[index].turns]
+        yield index, np.stack([torch.stack(means).numpy() for means in per_span])
 
 
 def _shared(prompts: Sequence[Prompt]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from monitor.config import Settings
 from monitor.engines.embedded.generation import Generation, Group
+from monitor.engines.embedded.sets import ProbeSet
 
 
 class Schedule:
@@ -75,6 +76,11 @@ class Schedule:
         self.waiting.clear()
         self.active, self.groups = [], {}
         return left
+
+    @property
+    def probes(self) -> set[ProbeSet]:
+        """That some sequence is scored by."""
+        return {g.leader.probes for g in self.waiting} | {s.probes for s in list(self.active)}
 
     @property
     def request_ids(self) -> set[str]:

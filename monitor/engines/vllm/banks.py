@@ -46,6 +46,32 @@ class Banks:
 
         raises: ProbeMismatch if it does not fit, Overloaded if requests of the set before the last still run
         """
+        async with self._swapping:
+            self._current = await self._fill(live, timeout_s)
+            return self._current
+
+    async def stage(self, live: LiveProbes, timeout_s: float = 5.0) -> Bank:
+        """The bank that `live` lies in from now on, not in service yet. A set that a bank still holds, like the one
+        before a promotion, is not loaded again: what the prefix cache has of it counts on.
+
+        raises: as `load`
+        """
+        async with self._swapping:
+            for bank in self._banks:
+                if bank is not None and bank.live.bank.same(live.bank):
+                    return bank
+            return await self._fill(live, timeout_s)
+
+    def put(self, live: LiveProbes) -> None:
+        """Serve probes that a bank holds. raises: Overloaded if another set has taken their place since"""
+        for bank in self._banks:
+            if bank is not None and bank.live.bank.same(live.bank):
+                bank.live = live
+                self._current = bank
+                return
+        raise Overloaded("other probes were loaded meanwhile; try again")
+
+    async def _fill(self, live: LiveProbes, timeout_s: float) -> Bank:
         other = sorted(set(live.bank.layers) - set(self._layers))
         if other:
             raise ProbeMismatch(
@@ -57,16 +83,17 @@ class Banks:
                 f"{len(live.bank.columns)} probes do not fit into {self._width} columns, they need {len(live.bank)}; "
                 "restart the server with a larger probe_columns"
             )
-        async with self._swapping:
-            index = 0 if self._current is None else (self._current.index + 1) % N_BANKS
-            await self._wait_idle(self._banks[index], timeout_s)
-            self._epoch += 1
-            bank = live.bank
-            shape = [len(bank.layers), bank.d_model, len(bank)]
-            args = (index, self._epoch, list(bank.layers), shape, bank.weight.numpy().tobytes(), bank.bias.tolist())
-            await self._rpc("midstream_load", args)
-            self._banks[index] = self._current = Bank(index, self._epoch, live)
-            return self._current
+        index = 0 if self._current is None else (self._current.index + 1) % N_BANKS
+        await self._wait_idle(self._banks[index], timeout_s)
+        # Nobody may take it for the old set while the workers write: not even if they fail half-way.
+        self._banks[index] = None
+        self._epoch += 1
+        bank = live.bank
+        shape = [len(bank.layers), bank.d_model, len(bank)]
+        args = (index, self._epoch, list(bank.layers), shape, bank.weight.numpy().tobytes(), bank.bias.tolist())
+        await self._rpc("midstream_load", args)
+        filled = self._banks[index] = Bank(index, self._epoch, live)
+        return filled
 
     async def _wait_idle(self, bank: Bank | None, timeout_s: float) -> None:
         deadline = asyncio.get_running_loop().time() + timeout_s

@@ -10,6 +10,7 @@ import contextvars
 import secrets
 from dataclasses import dataclass, field
 
+from monitor.engines.vllm.banks import Bank
 from monitor.types import Action, Caller, Format, Opening, Phase, Prompt, Record, Terms, Trace
 
 
@@ -19,6 +20,17 @@ class Given:
 
     prompt: Prompt
     answer: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Averages:
+    """A request of ours that is read for its residual stream alone: nothing of it is judged or recorded.
+
+    spans: positions [start, end); means: (n_spans, n_layers, d_model) float32 as bytes, once they have come
+    """
+
+    spans: list[list[int]]
+    means: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -43,6 +55,8 @@ class Call:
     given: Given | None = None
     trace: Trace | None = None
     silent: bool = False
+    bank: Bank | None = None
+    averages: Averages | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     terms: Terms | None = None
     openings: dict[int, Opening] = field(default_factory=dict)

@@ -16,12 +16,13 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
 from monitor.engines.vllm.banks import Banks
-from monitor.engines.vllm.call import Call, current
+from monitor.engines.vllm.call import Averages, Call, current
 from monitor.engines.vllm.sequel import BLOCKED, Sequel
-from monitor.engines.vllm.support import KEY
+from monitor.engines.vllm.support import KEY, POOLED
 from monitor.errors import RequestInvalid
 from monitor.policy.second import Asker
 from monitor.question import Question
+from monitor.reread import Offer
 from monitor.template import ChatTemplate
 from monitor.types import FinishReason, Observer, Prompt
 
@@ -42,7 +43,8 @@ class _Relay:
 class Judge:
     """Takes the place of four methods of an AsyncLLM's output processor. Every request goes through it.
 
-    engine: vLLM's AsyncLLM, whose workers are MonitoredWorkers; width: columns of a bank
+    engine: vLLM's AsyncLLM, whose workers are MonitoredWorkers; width: columns of a bank; offer: told of each finished
+    sequence after its record
     """
 
     def __init__(
@@ -53,14 +55,17 @@ class Judge:
         model_name: str,
         layers: tuple[int, ...],
         width: int,
+        offer: Offer | None = None,
     ) -> None:
         self.engine, self.model_name = engine, model_name
         self.banks = Banks(lambda name, args: engine.collective_rpc(name, args=args), layers, width)
         self._template, self._observer, self._width = template, observer, width
+        self._offer = offer
         self._loop = asyncio.get_running_loop()
         self._asker = Asker()
         self._aborting: set[asyncio.Task[None]] = set()
         self._sequels: dict[str, Sequel] = {}
+        self._averages: dict[str, Averages] = {}
         self._processor = processor = engine.output_processor
         self._add, self._process = processor.add_request, processor.process_outputs
         self._abort, self._propagate = processor.abort_requests, processor.propagate_error
@@ -85,7 +90,16 @@ class Judge:
         if request.sampling_params.seed is not None and current_platform.is_cpu():
             # One such request would end the engine for everybody as soon as its prompt is prefilled in chunks.
             raise _invalid("vLLM on a CPU can't sample with a seed; leave it out")
-        call, bank = current(), self.banks.current
+        call = current()
+        params = request.sampling_params
+        if params.extra_args and POOLED in params.extra_args:  # a client's word
+            params.extra_args = {k: v for k, v in params.extra_args.items() if k != POOLED}
+        if call.averages is not None:
+            params.extra_args = {POOLED: call.averages.spans}
+            self._add(request, prompt, parent_req, request_index, queue)
+            self._averages[request.request_id] = call.averages
+            return
+        bank = call.bank or self.banks.current
         judged = self._prompt(call, request.prompt_token_ids)
         request.cache_salt = f"{KEY}:{bank.epoch}:{request.cache_salt or ''}"
         self._add(request, prompt, parent_req, request_index, _Relay(queue))
@@ -112,9 +126,8 @@ class Judge:
         passed, n_tokens, sequels, width = [], 0, self._sequels, self._width
         for output in outputs:
             sequel = sequels.get(output.request_id)
-            if sequel is None:  # aborted; vLLM ignores it too
-                if output.kv_transfer_params:
-                    output.kv_transfer_params.pop(KEY, None)
+            if sequel is None:  # one of ours that is only read, or aborted: then vLLM ignores it too
+                self._take_averages(output)
                 passed.append(output)
                 continue
             n_tokens += len(output.new_token_ids)
@@ -124,6 +137,16 @@ class Judge:
                 self._ask(sequel)
         self._observer.scored(time.perf_counter() - began, n_tokens)
         return self._pass_on(passed, *args, **kwargs)
+
+    def _take_averages(self, output: Any) -> None:
+        params = output.kv_transfer_params or {}
+        params.pop(KEY, None)
+        means = params.pop(POOLED, None)
+        if not params:
+            output.kv_transfer_params = None
+        averages = self._averages.get(output.request_id)
+        if averages is not None and means is not None:
+            averages.means = means
 
     def _pass_on(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """To vLLM's own method, and see which sequences have ended by it."""
@@ -138,6 +161,7 @@ class Judge:
         return result
 
     def _end(self, request_id: str, finish: FinishReason) -> None:
+        self._averages.pop(request_id, None)
         sequel = self._sequels.pop(request_id, None)
         if sequel is None:
             return
@@ -149,6 +173,8 @@ class Judge:
             call.failed = record
         if not call.silent:
             self._observer.record(record)
+            if self._offer is not None:
+                self._offer(record, sequel.watch.prompt, sequel.tokens)
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
         aborted: list[str] = self._abort(request_ids, internal)
@@ -158,7 +184,7 @@ class Judge:
 
     def propagate_error(self, error: Exception) -> None:
         self._propagate(error)
-        for request_id in list(self._sequels):
+        for request_id in [*self._sequels, *self._averages]:
             self._end(request_id, "engine_error")
 
     # --- a second judge --------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from monitor.config import Settings
 from monitor.engines.identity import identify, locate
+from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.client import Judge
+from monitor.engines.vllm.reread import VllmRereading
 from monitor.engines.vllm.scorer import VllmScorer
 from monitor.engines.vllm.support import KEY, TapConfig, check_config, check_environment
 from monitor.errors import ConfigInvalid
-from monitor.live import LiveProbes, ServedModel, canary_prompts, load_live
+from monitor.live import LiveProbes, ServedModel, canary_prompts, load_candidates, load_live
+from monitor.reread import Offer
 from monitor.template import ChatTemplate
 from monitor.types import Observer, Scores
 from probes_store.store import Store
@@ -63,6 +66,7 @@ class Started:
     engine: Any
     judge: Judge
     scorer: VllmScorer
+    rereading: VllmRereading
     plan: Plan
     dtype: str
     off: float
@@ -86,20 +90,25 @@ def plan(settings: Settings, extra: Sequence[str]) -> Plan:
         raise ConfigInvalid(f"{taken.split('=')[0]} is set by midstream itself; use midstream's own option for it")
     model = describe(settings)
     live = load_live(model, Store(settings.store), settings)
+    arguments = parse(settings, extra, model.name, settings.dtype or live.probes[0].card.model.dtype)
+    return Plan(settings, arguments, model, live)
+
+
+def parse(settings: Settings, extra: Sequence[str], name: str, dtype: str) -> Any:
+    """vLLM's arguments: those that our settings give, and the operator's own. name: that the model is served under"""
     parser = make_arg_parser(FlexibleArgumentParser(prog="midstream serve --engine vllm", exit_on_error=True))
-    name = locate(settings.model, settings.cache)
-    own = ["--model", str(name), "--host", settings.host, "--port", str(settings.port)]
-    own += ["--dtype", settings.dtype or live.probes[0].card.model.dtype]
+    where = locate(settings.model, settings.cache)
+    own = ["--model", str(where), "--host", settings.host, "--port", str(settings.port), "--dtype", dtype]
     if settings.revision is not None:
         own += ["--revision", settings.revision]
     given = {a.split("=")[0] for a in extra}
     if "--shutdown-timeout" not in given:
         own += ["--shutdown-timeout", str(round(settings.shutdown_timeout_s))]
     if "--served-model-name" not in given:
-        own += ["--served-model-name", *dict.fromkeys([settings.model, model.name])]
+        own += ["--served-model-name", *dict.fromkeys([settings.model, name])]
     arguments = parser.parse_args([*own, *extra])
     validate_parsed_serve_args(arguments)
-    return Plan(settings, arguments, model, live)
+    return arguments
 
 
 def describe(settings: Settings) -> ServedModel:
@@ -128,14 +137,19 @@ def describe(settings: Settings) -> ServedModel:
 
 def engine_config(plan: Plan, worker: str = "monitor.engines.vllm.worker.MonitoredWorker") -> Any:
     """vLLM's VllmConfig with our worker and scheduler in it. raises: MidstreamError for what is not supported"""
+    return tapped(plan.arguments, worker, lambda architecture: tap_config(plan, architecture))
+
+
+def tapped(arguments: Any, worker: str, tap: Callable[[str], TapConfig]) -> Any:
+    """As `engine_config`. tap: by the model's architecture"""
     try:
-        arguments = AsyncEngineArgs.from_cli_args(plan.arguments)
-        config: Any = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        parsed = AsyncEngineArgs.from_cli_args(arguments)
+        config: Any = parsed.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except (ValueError, OSError) as error:  # pydantic's errors are ValueErrors
         raise ConfigInvalid(f"vLLM refuses its arguments: {_one_line(error)}") from error
-    check_config(config, plan.arguments.api_server_count or 1)
-    tap = tap_config(plan, config.model_config.architecture)
-    config.additional_config = {**config.additional_config, KEY: tap.as_dict()}
+    check_config(config, arguments.api_server_count or 1)
+    of_workers = tap(config.model_config.architecture).as_dict()
+    config.additional_config = {**config.additional_config, KEY: of_workers}
     config.parallel_config.worker_cls = worker
     kind = "MonitoredAsyncScheduler" if config.scheduler_config.async_scheduling else "MonitoredScheduler"
     config.scheduler_config.scheduler_cls = f"monitor.engines.vllm.scheduler.{kind}"
@@ -143,46 +157,59 @@ def engine_config(plan: Plan, worker: str = "monitor.engines.vllm.worker.Monitor
 
 
 def tap_config(plan: Plan, architecture: str) -> TapConfig:
-    width = max(plan.settings.probe_columns, len(plan.live.bank))
-    return TapConfig(plan.live.bank.layers, width, architecture)
+    # Candidates come in beside the live probes when it serves: their layers must be tapped by then.
+    candidates, _ = load_candidates(plan.model, Store(plan.settings.store))
+    layers = {*plan.live.bank.layers, *(layer for p in candidates for layer in p.card.layers)}
+    columns = len(plan.live.bank) + sum(p.card.projections for p in candidates)
+    width = max(plan.settings.probe_columns, columns)
+    return TapConfig(tuple(sorted(layers)), width, architecture, plan.settings.log_features)
 
 
-@asynccontextmanager
-async def started(plan: Plan, observer: Observer, config: Any = None) -> AsyncIterator[Started]:
-    """The engine, its probes loaded and its canaries scored; shut down at the end.
+@contextlib.asynccontextmanager
+async def started(
+    plan: Plan, observer: Observer, config: Any = None, offer: Offer | None = None
+) -> AsyncIterator[Started]:
+    """The engine, its probes loaded and its canaries scored; shut down at the end. offer: told of finished sequences
 
     raises: ProbeMismatch if a canary is off, and what vLLM raises if it can't start
     """
     config = config or engine_config(plan)
     tap = TapConfig(**config.additional_config[KEY])
+    engine = start(config, plan.arguments)
+    layers, dtype = tuple(tap.layers), str(config.model_config.dtype).removeprefix("torch.")
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.shutdown, timeout=config.shutdown_timeout)
+        judge = Judge(engine, plan.model.template, observer, plan.model.name, layers, tap.width, offer)
+        stack.callback(judge.close)
+        rereading = VllmRereading(engine, layers, lambda: judge.active)
+        stack.callback(rereading.close)
+        await judge.banks.load(plan.live)
+        scorer = VllmScorer(engine)
+        off = await check_canaries(scorer, plan, plan.live)
+        yield Started(engine, judge, scorer, rereading, plan, dtype, off)
+
+
+def start(config: Any, arguments: Any) -> Any:
+    """vLLM's AsyncLLM. raises: ConfigInvalid if it does not start"""
     try:
-        engine = AsyncLLM.from_vllm_config(
+        return AsyncLLM.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=plan.arguments.enable_log_requests,
-            disable_log_stats=plan.arguments.disable_log_stats,
+            enable_log_requests=arguments.enable_log_requests,
+            disable_log_stats=arguments.disable_log_stats,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigInvalid(f"vLLM did not start ({_one_line(error)}); its own messages above say why") from error
-    judge: Judge | None = None
-    try:
-        judge = Judge(engine, plan.model.template, observer, plan.model.name, tuple(tap.layers), tap.width)
-        await judge.banks.load(plan.live)
-        scorer = VllmScorer(engine)
-        off = await check_canaries(scorer, plan)
-        yield Started(engine, judge, scorer, plan, str(config.model_config.dtype).removeprefix("torch."), off)
-    finally:
-        if judge is not None:
-            judge.close()
-        engine.shutdown(timeout=config.shutdown_timeout)
 
 
-async def check_canaries(scorer: VllmScorer, plan: Plan) -> float:
-    """Through the whole engine: forward pass, scheduler, judge. raises: ProbeMismatch"""
-    live, template = plan.live, plan.model.template
-    scores: dict[tuple[int, ...], Scores] = {}
+async def check_canaries(scorer: VllmScorer, plan: Plan, live: LiveProbes, bank: Bank | None = None) -> float:
+    """Through the whole engine: forward pass, scheduler, judge. bank: where the probes lie, None: they are in service
+
+    raises: ProbeMismatch
+    """
+    template, scores = plan.model.template, dict[tuple[int, ...], Scores]()
     for prompt in canary_prompts(live, template):
-        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank))
+        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank), bank)
     return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
 
 

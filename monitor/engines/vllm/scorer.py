@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.call import CALL, Call, Given
 from monitor.errors import Overloaded, RequestInvalid
 from monitor.types import Caller, Prompt, Record, Scores, Trace
@@ -21,15 +22,15 @@ class VllmScorer:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
 
-    async def prefill(self, prompt: Prompt, n_probes: int) -> Scores:
+    async def prefill(self, prompt: Prompt, n_probes: int, bank: Bank | None = None) -> Scores:
         """(n_tokens, n_probes) scores of a prompt, computed and not from the cache, NaN where there is none; leaves no
-        record. raises: RequestInvalid for a prompt that vLLM can't take"""
+        record. bank: the set, None: in service. raises: RequestInvalid for a prompt that vLLM can't take"""
         scores = np.full((len(prompt.token_ids), n_probes), np.nan, np.float32)
 
         def take(first: int, _ids: Sequence[int], rows: Scores) -> None:
             scores[first : first + len(rows)] = rows
 
-        call = Call("self-test", prompt.format, trace=take, silent=True)
+        call = Call("self-test", prompt.format, trace=take, silent=True, bank=bank)
         await self._generate(call, prompt.token_ids, 1, 0.0, salt=call.id)
         return scores
 

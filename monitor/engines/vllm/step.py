@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from monitor.engines.vllm.pools import Pools
 from monitor.engines.vllm.slots import Ints, SlotScores, slots_of
 from monitor.engines.vllm.tap import BankTap, to_host
 
@@ -31,7 +32,7 @@ class _Span:
 class Step:
     """One forward pass, noted when it was launched: the batch changes before its rows have arrived."""
 
-    def __init__(self, tap: BankTap, runner: Any, scheduled: Any) -> None:
+    def __init__(self, tap: BankTap, runner: Any, scheduled: Any, pools: Pools | None = None) -> None:
         batch = runner.input_batch
         n = scheduled.total_num_scheduled_tokens
         self._tap = tap
@@ -39,10 +40,16 @@ class Step:
         self._spans = list(_spans(batch, scheduled))
         self._per_layer = tap.rows(n)
         self._tokens = to_host(runner.input_ids.gpu[:n])
+        self._pooled = {} if pools is None else pools.take(self._spans)
         self._arrived = None
         if self._tokens.is_pinned():
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
+
+    @property
+    def pooled(self) -> dict[str, bytes]:
+        """Averages of requests of ours that are complete, as float32 bytes; once `scores` has waited for the step."""
+        return {request_id: means.numpy().tobytes() for request_id, means in self._pooled.items()}
 
     def scores(self, cache: SlotScores) -> dict[str, tuple[int, bytes]]:
         """Per request the first position and the rows from there on, cached prefix included, as float32 bytes."""

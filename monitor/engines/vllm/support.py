@@ -10,6 +10,7 @@ from typing import Any
 from monitor.errors import ConfigInvalid, ModelUnsupported
 
 KEY = "midstream"  # names our data on vLLM's objects and in its settings
+POOLED = "midstream_pooled"  # names the positions to average on a request of ours, and the averages on its output
 TESTED_VERSIONS = ("0.32.0",)
 N_BANKS = 2
 
@@ -35,12 +36,14 @@ _REFUSED_VARIABLES: Mapping[str, str] = {
 class TapConfig:
     """Goes to every worker, and into the key of vLLM's compile cache.
 
-    layers: tapped blocks, ascending; width: probes that fit into a bank
+    layers: tapped blocks, ascending; width: probes that fit into a bank; streams: the blocks' residual streams stay on
+    the device until the next step, for requests of ours to be averaged
     """
 
     layers: tuple[int, ...]
     width: int
     architecture: str
+    streams: bool = False
     n_banks: int = N_BANKS
     revision: int = 1
     """Of the tap's own code: raised when the graph changes."""

@@ -40,6 +40,10 @@ class BankTap:
             block.register_buffer("midstream_weight", torch.zeros(self.d_model, columns, device=device), False)
             block.register_buffer("midstream_out", torch.full((capacity, columns), torch.nan, device=device), False)
         self.handles = [block.register_forward_hook(_whole if whole else _summed) for block in self.blocks]
+        if config.streams:
+            for block in self.blocks:
+                block.register_buffer("midstream_stream", torch.zeros(capacity, self.d_model, device=device), False)
+            self.handles += [b.register_forward_hook(_whole_kept if whole else _summed_kept) for b in self.blocks]
 
     def load(self, bank: int, epoch: int, layers: list[int], weight: Tensor, bias: list[float]) -> None:
         """Put a probe set into a bank. No request may be using it.
@@ -70,6 +74,10 @@ class BankTap:
     def rows(self, n: int) -> list[Tensor]:
         """The pass's products, on their way to the host: per layer (n, n_banks * width) float32."""
         return [to_host(block.midstream_out[:n]) for block in self.blocks]  # type: ignore[index]
+
+    def stream(self, rows: slice) -> Tensor:
+        """(n_layers, d_model) float32: the newest pass's residual streams, summed over rows; still on the device."""
+        return torch.stack([block.midstream_stream[rows].sum(0) for block in self.blocks])  # type: ignore[index]
 
     def combine(self, bias: Scores, reads: Any, per_layer: list[Tensor]) -> Scores:
         """(n, n_banks, width) logits: the sum over the layers a set reads, plus its bias, once."""
@@ -108,6 +116,29 @@ def _whole(block: nn.Module, _args: Any, output: Any) -> None:
     """A block that returns the whole stream, alone or first in a tuple."""
     hidden = output[0] if isinstance(output, tuple) else output
     tap_op(hidden, None, block.midstream_weight, block.midstream_out)
+
+
+@torch.library.custom_op("midstream::keep", mutates_args=("out",))
+def keep_op(hidden: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """Write `hidden + residual` in float32 into the first rows of `out`, (capacity, d_model); opaque as `tap_op` is."""
+    rows = out.narrow(0, 0, hidden.shape[0])
+    rows.copy_(hidden)
+    if residual is not None:
+        rows.add_(residual)
+
+
+@keep_op.register_fake
+def _(hidden: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    return None
+
+
+def _summed_kept(block: nn.Module, _args: Any, output: Any) -> None:
+    hidden, residual = output if isinstance(output, tuple) else (output, None)
+    keep_op(hidden, residual, block.midstream_stream)
+
+
+def _whole_kept(block: nn.Module, _args: Any, output: Any) -> None:
+    keep_op(output[0] if isinstance(output, tuple) else output, None, block.midstream_stream)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -10,9 +10,10 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from monitor.engines.vllm.pools import Pools
 from monitor.engines.vllm.slots import SlotScores
 from monitor.engines.vllm.step import Step
-from monitor.engines.vllm.support import KEY, TapConfig
+from monitor.engines.vllm.support import KEY, POOLED, TapConfig
 from monitor.engines.vllm.tap import BankTap
 from monitor.errors import ModelUnsupported
 from monitor.tap import decoder_blocks
@@ -44,6 +45,7 @@ class MonitoredWorker(_Worker):
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         capacity = max(scheduler.max_num_batched_tokens, graphs)
         self.tap = BankTap(self.model_runner.get_model(), config, capacity, self.device)
+        self._pools = Pools(self.tap, self.device) if config.streams else None
         self._cache: SlotScores | None = None
         self._step: Step | None = None
 
@@ -55,11 +57,13 @@ class MonitoredWorker(_Worker):
         super().initialize_from_config(kv_cache_config)
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        if self._pools is not None:
+            self._pools.note(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return super().execute_model(scheduler_output)
         self.tap.begin()
         output = super().execute_model(scheduler_output)
-        self._step = Step(self.tap, self.model_runner, scheduler_output)
+        self._step = Step(self.tap, self.model_runner, scheduler_output, self._pools)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -83,6 +87,8 @@ class MonitoredWorker(_Worker):
             print(f"midstream: the tap failed, the tokens of a step have no score: {error}", file=sys.stderr)
             scores = {}
         setattr(output, KEY, scores)
+        if pooled := step.pooled:
+            setattr(output, POOLED, pooled)
         return output
 
     # --- called by name from the API process ----------------------------------------------------------------------

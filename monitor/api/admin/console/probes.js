@@ -1,0 +1,120 @@
+// The probes: which version serves, which runs beside it, how many labels the next one needs, and its training.
+
+import { get, post } from "./api.js";
+import { ask, button, h, say, table } from "./dom.js";
+import { count, known, time } from "./format.js";
+import { setKeys } from "./keys.js";
+
+const EVERY_MS = 1500;
+const GATE = { 0: "PASS", 10: "THRESHOLD STALE", 11: "DEGRADED", 12: "INCONCLUSIVE" }; // of the training's exit code
+
+export function showProbes(place) {
+  const list = h("div", { class: "probes" });
+  const training = h("section", { class: "training", "aria-label": "Training" });
+  place.append(h("section", { class: "page", "aria-label": "Probes" }, h("h1", null, "Probes"), list, training));
+  let timer = 0;
+  let left = false;
+
+  async function load() {
+    try {
+      const found = await get("/admin/probes");
+      list.replaceChildren(h("p", { class: "soft" }, `of ${found.model}`), ...found.probes.map((probe) => card(probe, load, follow)));
+    } catch (error) {
+      list.replaceChildren(h("p", { class: "bad", role: "alert" }, error.message));
+    }
+  }
+
+  async function follow() {
+    clearTimeout(timer);
+    try {
+      const state = await get("/admin/retrain");
+      const was = training.dataset.state;
+      training.dataset.state = state.state;
+      training.replaceChildren(...progress(state));
+      if (state.state === "running" && !left) timer = setTimeout(follow, EVERY_MS);
+      else if (was === "running") {
+        say(state.state === "done" ? "The training is done" : "The training failed", state.state !== "done");
+        load();
+      }
+    } catch (error) {
+      training.replaceChildren(error.status === 404 ? "" : h("p", { class: "bad", role: "alert" }, error.message));
+    }
+  }
+
+  setKeys([["r", "read again", () => { load(); follow(); }]]);
+  load();
+  follow();
+  return { leave: () => { left = true; clearTimeout(timer); } };
+}
+
+function card(probe, load, follow) {
+  const name = encodeURIComponent(probe.name);
+  const done = (act, words) => async () => {
+    await act();
+    say(words);
+    await load();
+  };
+  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, body), `${verb}: done`));
+  const rollback = probe.previous ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
+    `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", {})) : null;
+  const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels since ${probe.live}. It becomes a candidate only if the gate lets it; it serves nothing before you promote it.`,
+    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, "The training has begun")));
+  const rows = probe.versions.map((version) => versionRow(probe, version, swap));
+  return h("article", { class: "card" },
+    h("div", { class: "line" }, h("h2", null, probe.name), h("span", { class: "tag" }, `${probe.live} live`),
+      probe.candidate ? h("span", { class: "tag shadow" }, `${probe.candidate} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
+    needed(probe),
+    table(`Versions of ${probe.name}`, ["version", "state", "created", "kind", "layers", "labels", "gate", "figures", "sha256", ""], rows, { class: "stack" }));
+}
+
+function needed(probe) {
+  if (!known(probe.needed)) return null;
+  const words = probe.needed > 0 ? `${count(probe.needed)} more requests are needed to certify a threshold on this traffic` : "enough traffic to certify a threshold";
+  return h("p", { class: "needed" }, h("span", null, h("b", null, `${count(probe.backlog)} labels`), " since the newest version"), h("span", { class: "soft" }, words),
+    h("a", { href: "#/queue" }, "label more"));
+}
+
+function versionRow(probe, version, swap) {
+  const state = version.damaged ? h("span", { class: "bad" }, `damaged: ${version.damaged}`) : version.live ? "live" : version.candidate ? "in shadow" : "";
+  const acts = version.live || version.damaged ? [] : [
+    button("Promote", swap(`Promote ${version.version}`, `${probe.name} ${version.version} serves every new request at once, in place of ${probe.live}, which is kept to roll back to.`,
+      "promote", { version: version.version })),
+    version.candidate
+      ? button("Stop shadow", swap("Stop the shadow", `${version.version} is no longer scored beside ${probe.live}.`, "shadow", { version: null }), { class: "quiet" })
+      : button("Shadow", swap(`Run ${version.version} in shadow`, `${version.version} is scored beside ${probe.live} and only counted: it flags and blocks nothing.`, "shadow", { version: version.version }), { class: "quiet" })];
+  return [h("b", null, version.version), state, version.created ? created(version.created) : "–", version.kind ?? "–", (version.layers ?? []).join(", "), { n: known(version.labels) ? count(version.labels) : "–" },
+    gate(version.gate), h("span", { class: "soft figures" }, figures(version.metrics)), h("code", { title: version.sha256 }, (version.sha256 ?? "").slice(0, 8)), h("span", { class: "acts" }, acts)];
+}
+
+function created(text) {
+  const seconds = Date.parse(text) / 1000;
+  return Number.isNaN(seconds) ? String(text ?? "–") : time(seconds, true);
+}
+
+function gate(result) {
+  if (!result) return "–";
+  const words = String(result.verdict ?? result.decision ?? "recorded");
+  return h("span", { class: words.startsWith("PASS") ? "good" : "bad" }, words);
+}
+
+/** Two figures of a card: its AUROCs if it names any, else its first numbers; each with where it stands there. */
+function figures(metrics) {
+  const flat = numbers(metrics, []);
+  const chosen = flat.filter(([path]) => path.at(-1) === "auroc");
+  return (chosen.length ? chosen : flat).slice(0, 2).map(([path, value]) => `${path.join(" ").replaceAll("_", " ")} ${Number(value.toPrecision(3))}`).join(" · ");
+}
+
+function numbers(value, path) {
+  if (typeof value === "number") return [[path, value]];
+  if (value === null || typeof value !== "object" || Array.isArray(value)) return [];
+  return Object.entries(value).flatMap(([name, inner]) => numbers(inner, [...path, name]));
+}
+
+function progress(state) {
+  if (state.state === "idle") return [];
+  const seconds = (state.ended ?? Date.now() / 1000) - (state.started ?? Date.now() / 1000);
+  const words = { running: "is being trained", done: `is trained: ${state.candidate ? `${state.candidate} is new in the store` : "no new version"}, gate ${GATE[state.exit_code] ?? state.exit_code}`, failed: `failed (exit code ${state.exit_code})` }[state.state] ?? state.state;
+  const out = h("pre", { tabindex: "0", "aria-label": "Output of the training", role: "log" }, (state.lines ?? []).join("\n"));
+  requestAnimationFrame(() => { out.scrollTop = out.scrollHeight; });
+  return [h("h2", null, "Training"), h("p", { class: state.state === "failed" ? "bad" : null, role: "status" }, `${state.probe} ${words}, ${Math.max(0, Math.round(seconds))} s`), out];
+}

@@ -1,0 +1,133 @@
+"""What an operator may do with a running server: the admin routes' operations, filled in alike for both engines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from monitor.api.admin.app import KeyTable, Operations
+from monitor.api.admin.desk import Desk
+from monitor.api.admin.feed import Feed
+from monitor.api.admin.probes import ProbeOperations
+from monitor.api.admin.retraining import Retraining, environment
+from monitor.api.admin.shelf import Shelf
+from monitor.api.admin.swap import Slots, Swap
+from monitor.api.admin.tracing import Tracing
+from monitor.api.features import Eraser
+from monitor.audit import Audit
+from monitor.config import Settings
+from monitor.live import LiveProbes, ServedModel
+from monitor.metrics import Metrics
+from monitor.metrics.drift import Reference
+from monitor.metrics.shift import Normal
+from monitor.offenders import Offenders
+from monitor.policy.keeper import PolicyKeeper
+from monitor.traffic import find_records
+from monitor.traffic.features import FeatureLog
+from monitor.types import Phase, Scorer
+from probes_store.base import load_base
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An engine that serves. live, put: read and replace its probes, or their policy; stage: see `Slots`"""
+
+    describe: Callable[[], Mapping[str, Any]]
+    live: Callable[[], LiveProbes]
+    put: Callable[[LiveProbes], None]
+    stage: Callable[[LiveProbes], Awaitable[None]]
+    scorer: Scorer
+    model: ServedModel
+
+    def probes(self) -> list[str]:
+        return [p.name for p in self.live().probes]
+
+
+def operations(
+    serving: Serving,
+    settings: Settings,
+    keys: KeyTable,
+    audit: Audit,
+    offenders: Offenders,
+    metrics: Metrics,
+    erase: Eraser | None = None,
+    say: Callable[[str], None] = print,
+    feed: Feed | None = None,
+    features: FeatureLog | None = None,
+) -> Operations:
+    """feed: of the records, for the console; None: there is none; features: likewise, for retraining"""
+    for result in ("loaded", "refused"):  # rates start at 0
+        metrics.policy_reloads.labels(result)
+        metrics.probe_reload.labels(result)
+
+    def put(live: LiveProbes) -> None:
+        serving.put(live)
+        show_probes(metrics, live)
+
+    keeper = PolicyKeeper(settings, serving.live, put, lambda result: metrics.policy_reloads.labels(result).inc())
+    tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name)
+    slots = Slots(serving.live, serving.stage, put)
+    swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
+    shelf = Shelf(
+        swap.store,
+        swap.slug,
+        settings.log,
+        settings.target_fpr / 2,
+        settings.feature_rate if settings.log_features else 0.0,
+    )
+    flush = (lambda: None) if features is None else features.flush
+    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings), flush)
+
+    def tell() -> None:
+        for name, needed in shelf.needs().items():
+            metrics.calibration_rows_needed.labels(name).set(needed)
+
+    probes = ProbeOperations(swap, shelf.describe, retraining, tell)
+    records = functools.partial(find_records, settings.log)
+    desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
+    return Operations(
+        serving.describe,
+        keeper,
+        keys,
+        records,
+        audit,
+        offenders,
+        tracing,
+        erase=erase,
+        probes=probes,
+        desk=desk,
+    )
+
+
+def show_probes(metrics: Metrics, live: LiveProbes) -> None:
+    """Probes and thresholds in service, as metrics, and what their cards say of benign values."""
+    known = {p.name: p.card.calibration for p in live.probes}
+    references = {}
+    for form, rules in live.rules.items():
+        for rule in rules:
+            calibration = known[rule.probe].get(form, {}).get(rule.phase.value)
+            if rule.threshold is not None and calibration is not None:
+                target = calibration.rate(rule.threshold)
+                references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
+    shown = [(p.name, p.card.version, p.card.sha256, ",".join(map(str, p.card.layers))) for p in live.probes]
+    metrics.probes(shown, live.rules, references, live.policies)
+    if metrics.shift.watched:
+        metrics.shift.expect(harmless(live))
+
+
+def harmless(live: LiveProbes) -> dict[tuple[str, Phase], dict[int, Normal]]:
+    """Where the harmless training rows of each probe lay that says so, by layer.
+
+    raises: ProbeInvalid if what lies beside a probe is damaged
+    """
+    found: dict[tuple[str, Phase], dict[int, Normal]] = {}
+    for probe in live.probes:
+        base, calibrated = load_base(probe), probe.card.calibration.get("chat", {})
+        of_layers = {} if base is None else {layer: Normal.of(base.cells[layer, 0]) for layer in base.layers}
+        # Its rows are prompts, unless it is a probe of answers alone.
+        phase = Phase.RESPONSE if calibrated.keys() == {Phase.RESPONSE.value} else Phase.PROMPT
+        if of_layers and None not in of_layers.values():
+            found[probe.name, phase] = {layer: normal for layer, normal in of_layers.items() if normal is not None}
+    return found

@@ -1,0 +1,128 @@
+"""The admin routes of probes: what there is, promote, roll back, try in shadow, and retrain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Path
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from monitor.api.errors import ApiError
+from monitor.errors import MidstreamError, Overloaded
+from probes_store.promote import Choice
+
+TELL_S = 30.0
+Name = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^v[0-9]{1,6}$")]
+
+
+class Changes(Protocol):
+    """See `Swap`. Each raises a MidstreamError where it can't be done, and then nothing has changed."""
+
+    async def follow(self) -> None: ...
+
+    async def promote(self, probe: str, version: str) -> Choice: ...
+
+    async def rollback(self, probe: str) -> Choice: ...
+
+    async def shadow(self, probe: str, version: str | None) -> Choice: ...
+
+
+class Retrainer(Protocol):
+    """See `Retraining`."""
+
+    async def start(self, probe: str) -> Mapping[str, Any] | None: ...
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+    async def end(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOperations:
+    """shelf: what the store holds, as the route tells it; tell: to the metrics, now and then (both read files)"""
+
+    changes: Changes
+    shelf: Callable[[], Mapping[str, Any]]
+    retrain: Retrainer
+    tell: Callable[[], None] = lambda: None
+
+    async def keep_telling(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            with contextlib.suppress(MidstreamError):  # a damaged live.json is told of where it is followed
+                await asyncio.to_thread(self.tell)
+            await asyncio.sleep(TELL_S)
+
+
+class PromoteRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Version
+
+
+class RollbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ShadowRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Version | None
+
+
+class RetrainRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    probe: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
+    changes, retrain = operations.changes, operations.retrain
+
+    @app.get("/admin/probes")
+    async def probes() -> Response:
+        return JSONResponse(await asyncio.to_thread(operations.shelf))
+
+    @app.post("/admin/probes/{name}/promote")
+    async def promote(name: Name, body: PromoteRequest) -> Response:
+        return _live(await _done(changes.promote(name, body.version)))
+
+    @app.post("/admin/probes/{name}/rollback")
+    async def rollback(name: Name, body: RollbackRequest) -> Response:
+        return _live(await _done(changes.rollback(name)))
+
+    @app.post("/admin/probes/{name}/shadow")
+    async def shadow(name: Name, body: ShadowRequest) -> Response:
+        choice = await _done(changes.shadow(name, body.version))
+        return JSONResponse({"probe": choice.probe, "candidate": choice.candidate})
+
+    @app.post("/admin/retrain")
+    async def retrained(body: RetrainRequest) -> Response:
+        started = await retrain.start(body.probe)
+        if started is None:
+            raise ApiError(409, "a training runs already; wait for its end: GET /admin/retrain", code="running")
+        return JSONResponse(dict(started), 202)
+
+    @app.get("/admin/retrain")
+    async def state() -> Response:
+        return JSONResponse(dict(retrain.describe()))
+
+
+def _live(choice: Choice) -> Response:
+    return JSONResponse({"probe": choice.probe, "live": choice.live, "previous": choice.previous})
+
+
+async def _done(act: Awaitable[Choice]) -> Choice:
+    """raises: ApiError 422 for what the store or the engine refuses"""
+    try:
+        return await act
+    except Overloaded:
+        raise
+    except MidstreamError as error:  # no such version, damaged, of another model
+        raise ApiError(422, str(error), code="refused") from error

@@ -1,0 +1,98 @@
+"""What the store holds of a model's probes, as the admin route tells it, and what the next training has to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from monitor.errors import MidstreamError
+from monitor.traffic import Where
+from monitor.traffic.labelled import Labelled, count_since, labelled_since
+from probes_store.calibration import rows_needed
+from probes_store.store import PREVIOUS, Store, StoredProbe
+
+
+class Shelf:
+    """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
+
+    rate: of requests whose features are kept, whatever they are; 0: of none
+    """
+
+    def __init__(self, store: Store, slug: str, log: Where, target_fpr: float, rate: float) -> None:
+        self._store, self._slug, self._log, self._target, self._rate = store, slug, log, target_fpr, rate
+
+    def describe(self) -> dict[str, Any]:
+        """Reads files and the log. raises: ConfigInvalid if live.json is damaged"""
+        chosen = self._store.choices()
+        live, candidates = self._store.live(self._slug, chosen), self._store.candidates(self._slug, chosen)
+        probes = []
+        for name, version in live.items():
+            versions = [self._version(name, v, version, candidates.get(name)) for v in self._newest_first(name)]
+            since = self.since(name)
+            probes.append(
+                {
+                    "name": name,
+                    "live": version,
+                    "previous": chosen.get(f"{self._slug}/{name}{PREVIOUS}"),
+                    "candidate": candidates.get(name),
+                    "backlog": len(self._labels(since)),
+                    "needed": self.needed(since),
+                    "versions": versions,
+                }
+            )
+        return {"model": self._slug, "probes": probes}
+
+    def since(self, probe: str) -> float:
+        """Until when the newest version has seen the traffic."""
+        for version in self._newest_first(probe):
+            try:
+                return self._store.load(self._slug, probe, version).card.seen_until
+            except MidstreamError:
+                continue  # a damaged version has seen nothing that anybody could tell
+        return 0.0
+
+    def needed(self, since: float) -> int:
+        """Rows of the uniform slice that a threshold at the target rate still lacks, or people's labels of them."""
+        try:
+            have = math.floor(self._rate * count_since(self._log, since)) if self._rate else 0
+        except MidstreamError:  # no log yet
+            have = 0
+        return max(0, rows_needed(self._target) - have)
+
+    def needs(self) -> dict[str, int]:
+        """`needed`, by probe of harm. raises: ConfigInvalid if live.json is damaged"""
+        return {name: self.needed(self.since(name)) for name in self._store.live(self._slug)}
+
+    def _labels(self, since: float) -> Sequence[Labelled]:
+        try:
+            return labelled_since(self._log, since)
+        except MidstreamError:  # no log yet
+            return ()
+
+    def _newest_first(self, probe: str) -> list[str]:
+        return list(reversed(self._store.versions(self._slug, probe)))
+
+    def _version(self, name: str, version: str, live: str, candidate: str | None) -> dict[str, Any]:
+        marks = {"version": version, "live": version == live, "candidate": version == candidate}
+        try:
+            stored = self._store.load(self._slug, name, version)
+        except MidstreamError as error:
+            return marks | {"damaged": str(error)} | dict.fromkeys(_OF_CARD)
+        return marks | of_card(stored)
+
+
+_OF_CARD = ("created", "kind", "layers", "sha256", "metrics", "gate", "labels")
+
+
+def of_card(stored: StoredProbe) -> dict[str, Any]:
+    card = stored.card
+    return {
+        "created": card.created,
+        "kind": card.kind,
+        "layers": list(card.layers),
+        "sha256": card.sha256,
+        "metrics": {name: value for name, value in card.metrics.items() if name != "gate"},
+        "gate": card.metrics.get("gate"),
+        "labels": card.retrained.get("labels"),
+    }

@@ -1,0 +1,84 @@
+"""`midstream log`: what is in the traffic log, the kept texts of a request, and erasing."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from monitor.audit import Audit
+from monitor.config import Settings, load_settings
+from monitor.errors import ConfigInvalid
+from monitor.traffic import Cipher, counts, erase, erase_texts, erased_from, find_said
+from monitor.traffic.features import erase_features
+
+app = typer.Typer(no_args_is_help=True, help="The traffic log: counts, kept texts, and erasing.")
+Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("status")
+def status(config: Config = None, as_json: Json = False) -> None:
+    """How many records there are by verdict, and how many of them are labelled."""
+    found = counts(load_settings(config).log)
+    if as_json:
+        print(json.dumps({verdict: {"records": n, "labelled": done} for verdict, (n, done) in found.items()}))
+        return
+    for verdict, (n, done) in sorted(found.items()):
+        _say(f"{verdict}: {n} records, {done} labelled")
+
+
+@app.command("text")
+def text(request_id: str, config: Config = None) -> None:
+    """What was said in one request, as JSON by choice: redacted, and only if the server runs with log_text."""
+    settings, key = load_settings(config), _plain(request_id)
+    found = find_said(settings.log, key, Cipher(settings.log_key))
+    if not found:
+        raise ConfigInvalid(
+            f"no text of request {request_id!r} is kept; set log_text, or it is older than the log keeps"
+        )
+    print(json.dumps(found))
+
+
+@app.command("erase")
+def erase_some(
+    key: Annotated[str | None, typer.Option(help="Everything of this API key, by its name; '' for no key.")] = None,
+    request_id: Annotated[str | None, typer.Option("--id", help="Everything of this request.")] = None,
+    texts: Annotated[bool, typer.Option("--texts", help="Every kept text; records and labels stay.")] = False,
+    config: Config = None,
+) -> None:
+    """Erase records with their readings, labels, texts and features: the bytes in the files too. There is no way back.
+
+    A server may be running: what it has not written yet finds no record any more, and is dropped.
+    """
+    if [key is not None, request_id is not None, texts].count(True) != 1:
+        raise ConfigInvalid("erase what? Give one of --key NAME, --id REQUEST_ID or --texts")
+    settings = load_settings(config)
+    number = None if request_id is None else _plain(request_id)
+    act = erase_texts if texts else functools.partial(erase, key=key, request_id=number)
+    n = erased_from(settings.log, act)
+    what = "every text" if texts else f"key {key!r}" if key is not None else f"request {number!r}"
+    _note(settings, what, n)
+    rows = 0 if texts else erase_features(settings.features, key, number)  # after their records
+    _say(f"erased {n} {'texts' if texts else 'records'}" + (f" and {rows} features" if rows else ""))
+
+
+def _note(settings: Settings, what: str, n: int) -> None:
+    audit = Audit(settings.audit)
+    try:
+        audit.ended(audit.write("command", "", "ERASE", what), f"{n} erased")
+    finally:
+        audit.close()
+
+
+def _plain(request_id: str) -> str:
+    """A completion's id is our own with a prefix."""
+    return request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+
+
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)

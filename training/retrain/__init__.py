@@ -1,0 +1,1 @@
+"""`midstream retrain`: labels of live traffic to a candidate in the store."""

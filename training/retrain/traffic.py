@@ -1,0 +1,142 @@
+"""Traffic as training reads it: labels of the log beside the features that were kept of the same requests.
+
+A label is about the request: its features are those of the prompt's newest turn. No text is needed; where texts are
+kept and the key is given, those of labelled requests without features are read by the model instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from monitor.errors import ConfigInvalid
+from monitor.traffic.database import Where
+from monitor.traffic.features import Feature, read_features
+from monitor.traffic.labelled import Labelled, labelled_since
+from monitor.traffic.review import Label
+from monitor.types import Phase
+from probes_store.card import Card
+from training.fit import Array
+
+YOUNG_S = 900.0
+"""How long a finished request's features may take to be written: they are read and written in turn."""
+Id = tuple[str, int]
+"""Request and choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Labelled requests. x: (n, n_layers * d_model); y: (n,) 1 harmful, 0 harmless; q: (n,) the probability that each
+    was kept with; tenants: names of API keys; sampled: (n,) whether it is of the uniform slice"""
+
+    ids: tuple[Id, ...]
+    x: Array
+    y: npt.NDArray[np.int64]
+    q: Array
+    tenants: tuple[str, ...]
+    sampled: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """rows: labelled; everyday: (m, n_layers * d_model) of a uniform slice of all requests, without those that people
+    call harmful; until: the newest label's time; unread: labelled requests without features; strange: features of
+    another model or template"""
+
+    rows: Rows
+    everyday: Array
+    until: float
+    unread: tuple[Labelled, ...]
+    strange: int
+
+
+def read_traffic(
+    log: Where, features: Path, card: Card, since: float, clock: Callable[[], float] = time.time
+) -> Traffic:
+    """What has come since a time. A label whose request may still be on its way into the features waits for the next
+    time, with all that came after it: so none is lost, and none counts twice.
+
+    clock: seconds since the epoch
+    raises: ConfigInvalid if there is no log, no features, or no label since then
+    """
+    labels = labelled_since(log, since)
+    if not labels:
+        raise ConfigInvalid("nothing was labelled since the newest version; label some requests: midstream review")
+    prompts, strange = _of_model(read_features(features, layers=card.layers), card)
+    kept, young = {(f.request_id, f.choice) for f in prompts}, clock() - YOUNG_S
+    waiting = [one.labelled for one in labels if one.created > young and (one.request_id, one.choice) not in kept]
+    labels = [one for one in labels if one.labelled < min(waiting, default=math.inf)]
+    if not labels:
+        raise ConfigInvalid(
+            f"the features of what was labelled are not written yet; try again in {YOUNG_S / 60:.0f} minutes, or set "
+            "MIDSTREAM_LOG_FEATURES for the server"
+        )
+    # The same request may be told of twice, read again after a restart; what is newest counts.
+    by_id = {(f.request_id, f.choice): f for f in prompts}
+    found = [(one, by_id[one.request_id, one.choice]) for one in labels if (one.request_id, one.choice) in by_id]
+    whole = uniform(list(by_id.values()))
+    slice_ids = {(f.request_id, f.choice) for f in whole}
+    rows = Rows(
+        tuple((one.request_id, one.choice) for one, _ in found),
+        stacked([f for _, f in found], card),
+        np.array([int(one.label is Label.HARMFUL) for one, _ in found], dtype=np.int64),
+        np.array([f.q for _, f in found]),
+        tuple(one.key for one, _ in found),
+        np.array([(f.request_id, f.choice) in slice_ids for _, f in found], dtype=bool),
+    )
+    known = {(one.request_id, one.choice) for one, _ in found}
+    unread = tuple(one for one in labels if (one.request_id, one.choice) not in known)
+    harmful = {(one.request_id, one.choice) for one in labelled_since(log, 0.0) if one.label is Label.HARMFUL}
+    everyday = [f for f in whole if (f.request_id, f.choice) not in harmful]
+    recent = [f for f in everyday if f.created >= since]
+    return Traffic(rows, stacked(recent, card), max(one.labelled for one in labels), unread, strange)
+
+
+def uniform(features: Sequence[Feature]) -> list[Feature]:
+    """Features that every request had the same chance to leave.
+
+    Of those that were not flagged the log marks them. Every flagged one is kept, so as many are taken as that chance
+    says, by a hash of their names: without them the highest values would be missing from a calibration.
+    """
+    rates = [f.q for f in features if f.reason == "uniform"]
+    if not rates:
+        return []
+    rate = min(rates)
+    return [f for f in features if f.reason == "uniform" or (f.reason == "flagged" and _draw(f) < rate)]
+
+
+def _draw(feature: Feature) -> float:
+    """In [0, 1), of the name alone."""
+    digest = hashlib.sha256(f"{feature.request_id}:{feature.choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def stacked(features: Sequence[Feature], card: Card) -> Array:
+    """(n, n_layers * d_model) float64"""
+    if not features:
+        return np.zeros((0, len(card.layers) * card.d_model))
+    return np.stack([f.vectors for f in features]).astype(np.float64).reshape(len(features), -1)
+
+
+def _of_model(features: Sequence[Feature], card: Card) -> tuple[list[Feature], int]:
+    wanted = (card.model.fingerprint, card.template_hash[:16], card.position_rule)
+    prompts = [f for f in features if f.phase is Phase.PROMPT]
+    fit = [f for f in prompts if (f.fingerprint, f.template_hash[:16], f.position_rule) == wanted]
+    return fit, len(prompts) - len(fit)
+
+
+def count_uniform(features: Path, card: Card, since: float) -> int:
+    """Rows since a time that a threshold could be calibrated on. raises: ConfigInvalid if there is no such folder"""
+    fit, _ = _of_model(read_features(features, since, card.layers), card)
+    return len(uniform(fit))
+
+
+def by_tenant(rows: Rows) -> Mapping[str, int]:
+    return {name: rows.tenants.count(name) for name in sorted(set(rows.tenants))}
