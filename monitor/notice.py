@@ -34,6 +34,7 @@ def notice(record: Record) -> dict[str, Any] | None:
         "policy": record.policy,
         "finish": record.finish,
         "released_tokens": record.released_tokens,
+        "scored_by": record.scored_by,
         "unmonitored": record.coverage.unmonitored,
         "probes": [
             {

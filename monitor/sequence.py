@@ -30,6 +30,7 @@ from monitor.types import (
     ProbeReading,
     Prompt,
     Record,
+    ScoredBy,
     Scores,
     Turn,
 )
@@ -282,7 +283,15 @@ class Watch:
         at = {Phase.PROMPT: drawn(self.prompt.turns, self._chance), Phase.RESPONSE: drawn([answer], self._chance)}
         return tuple(t.reading(rows, at[t.rule.phase]) for t in self._tracks if phase is None or t.rule.phase is phase)
 
-    def record(self, request_id: str, index: int, model: str, caller: Caller, policy: str = "default") -> Record:
+    def record(
+        self,
+        request_id: str,
+        index: int,
+        model: str,
+        caller: Caller,
+        policy: str = "default",
+        scored_by: ScoredBy = "engine",
+    ) -> Record:
         """The finished sequence. Token scores are kept where some probe crossed its threshold or broke."""
         scores: dict[str, Sequence[float]] = {}
         readings, rows = self.readings(), self._ledger.rows
@@ -307,4 +316,5 @@ class Watch:
             policy=policy,
             escalations=tuple(self.escalations),
             held_seconds=self._waits.longest,
+            scored_by=scored_by,
         )

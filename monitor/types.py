@@ -206,6 +206,10 @@ class Coverage:
     causes: Mapping[str, int]
 
 
+ScoredBy = Literal["engine", "observer"]
+"""Whose residual stream the scores are of: the model's that answered, or of a second one's that read the same text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One finished sequence: everything that is kept about it. Holds no text."""
@@ -232,6 +236,7 @@ class Record:
     escalations: tuple[Escalation, ...] = ()
     held_seconds: float = 0.0
     """The longest that a sampled token waited until it was released."""
+    scored_by: ScoredBy = "engine"
 
 
 @dataclass(frozen=True, slots=True)

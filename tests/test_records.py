@@ -69,7 +69,7 @@ def test_the_shape_of_a_notice(verdict):
     assert event == {
         "event": f"midstream.{verdict}", "request_id": "r9", "choice": 2, "time": 1.5, "model": "tiny",
         "route": "chat", "key": "", "policy": "default",
-        "finish": "content_filter", "released_tokens": 5, "unmonitored": 3,
+        "finish": "content_filter", "released_tokens": 5, "scored_by": "engine", "unmonitored": 3,
     }  # fmt: skip
     common = {"probe": "demo", "version": "v1"}
     assert probes == [

@@ -70,6 +70,7 @@ def test_a_whole_answer_comes_back_byte_for_byte(upstream, proxy):
     (record,) = proxy.records(response)
     assert (record.finish, record.verdict, record.route, record.model) == ("stop", "allow", "chat", "far")
     assert record.released_tokens == record.coverage.response_tokens == len("fine")
+    assert record.scored_by == "observer"
 
 
 def test_a_stream_comes_back_byte_for_byte_with_comments_usage_and_unknown_fields(upstream, proxy):

@@ -199,7 +199,9 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         f"verdict [bold]{record['verdict']}[/], finish {record['finish']}, "
         f"{record['released_tokens']} of {coverage['response_tokens']} answer tokens released\n"
         f"scored {coverage['prompt_scored']} prompt + {coverage['response_scored']} answer tokens, "
-        f"{coverage['final_unscored']} last token unscored, {coverage['unmonitored']} unmonitored",
+        f"{coverage['final_unscored']} last token unscored, {coverage['unmonitored']} unmonitored"
+        # A record of an earlier version doesn't say; what it had was the engine's.
+        f"{', read by the observer' if record.get('scored_by') == 'observer' else ''}",
         highlight=False,
     )
     table = Table()

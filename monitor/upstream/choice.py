@@ -241,5 +241,5 @@ class Choice:
             return
         self._close()
         s = self._setting
-        self.record = self.watch.record(s.id, self.index, s.model, s.caller, self.policy.terms.policy)
+        self.record = self.watch.record(s.id, self.index, s.model, s.caller, self.policy.terms.policy, "observer")
         s.publish(self.record)

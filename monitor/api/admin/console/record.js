@@ -127,6 +127,7 @@ function facts(record) {
   const pairs = [["scored", `${count(c.prompt_scored)} of ${count(c.prompt_tokens)} prompt, ${count(c.response_scored)} of ${count(c.response_tokens)} answer`],
     ["unmonitored", count(c.unmonitored) + Object.entries(c.causes).map(([cause, n]) => `, ${cause} ${n}`).join("")],
     ["final, unscored", count(c.final_unscored)], ["not computed", count(c.not_computed)],
+    ["scored by", record.scored_by === "observer" ? "the observer, which read the same text" : "the model that answered"],
     ["sent to the client", `${count(record.released_tokens)} tokens, ${count(record.held_tokens)} held back`]];
   return h("details", null, h("summary", null, "Coverage"),
     h("dl", { class: "facts" }, pairs.map(([name, value]) => [h("dt", null, name), h("dd", null, value)])));
