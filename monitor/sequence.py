@@ -12,18 +12,17 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from monitor.coverage import Ledger, Waits
-from monitor.policy.rule import Rule, Second, ends, worst
-from monitor.question import Missing, Question
-from monitor.track import CHANCE, AnswerTracks, AnyTrack, PromptTrack, drawn, shown
+from monitor.policy.rule import Rule, Second
+from monitor.question import Question
+from monitor.ruling import Ruling
+from monitor.track import CHANCE
 from monitor.types import (
     Action,
     Caller,
     Cause,
     Coverage,
-    Escalation,
     FinishReason,
     Mode,
     Phase,
@@ -32,7 +31,6 @@ from monitor.types import (
     Record,
     ScoredBy,
     Scores,
-    Turn,
 )
 
 
@@ -47,7 +45,6 @@ class Watch:
     """Judges one sequence. Position p is judged when its row, and every row before it, has been seen.
 
     rules: one per probe and phase; a sequence holds its newest token back exactly when a rule is in block mode
-    question: waits for the second judge's answer; until `resolve` nothing from its position on is released
     clock: seconds, of how long tokens wait; chance: draws the samples of its readings
     """
 
@@ -63,23 +60,26 @@ class Watch:
         self.n_prompt = len(prompt.token_ids)
         self.holds = any(r.mode is Mode.BLOCK for r in rules)
         self.n_sampled = 0
-        self.verdict = Action.ALLOW
         self.finish: FinishReason | None = None
         self.released = 0
         self.max_held = 0
-        self.question: Question | None = None
-        self.escalations: list[Escalation] = []
         self.created = time.time()
         self._second = second or Second()
-        self._prompt = [PromptTrack(r.at(self.n_prompt)) for r in rules if r.phase is Phase.PROMPT]
-        self._answer = AnswerTracks([r for r in rules if r.phase is Phase.RESPONSE], self.n_prompt)
-        self._tracks: list[AnyTrack] = [*self._prompt, *self._answer.tracks]
+        self._ruling = Ruling(prompt, rules, self._second)
         self._width = max((r.column + r.n_columns for r in rules), default=1)
         self._ledger = Ledger(self.n_prompt, self._width)
         self._waits, self._clock, self._chance = Waits(), clock, chance
-        self._stop_at: int | None = None  # first response position that must not be released
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
         self._prompt_done = False
+
+    @property
+    def verdict(self) -> Action:
+        return self._ruling.verdict
+
+    @property
+    def question(self) -> Question | None:
+        """Waits for the second judge's answer; until `resolve` nothing from its position on is released."""
+        return self._ruling.question
 
     @property
     def prompt_judged(self) -> bool:
@@ -112,7 +112,7 @@ class Watch:
                 self._gap(fed, "missing_rows")
         self._ending = self._ending or finish
         if self.question is not None and self.n_sampled - self.released > self._second.max_held:
-            self._resolve(None, "overflow")
+            self._ruling.resolve(None, "overflow")
         return self._settle(n_new)
 
     def replay(self, first: int, rows: Scores, n_answer: int) -> Judged:
@@ -124,25 +124,26 @@ class Watch:
     def resolve(self, second: float | None) -> Judged:
         """The second judge has answered. second: its logit, above 0 leans harmful; None: it failed or came too late"""
         if self.finish is None:
-            self._resolve(second, "failed")
+            self._ruling.resolve(second, "failed")
             return self._settle()
         return Judged(self.released, self.finish)
 
     def end(self, finish: FinishReason) -> None:
         """The sequence ended on what was released already: the engine found a stop string in it, or gave it up."""
         if self.finish is None:
-            self.finish, self.question = finish, None
+            self.finish, self._ruling.question = finish, None
 
     def _settle(self, n_new: int = 0) -> Judged:
-        question, ending = self.question, self._ending
-        if self._stop_at is not None:
-            self._release(self._stop_at - self.n_prompt)
-            self.question = None
-            self.finish = "content_filter" if self.verdict is Action.BLOCK else "unmonitored"
+        ruling, ending = self._ruling, self._ending
+        question = ruling.question
+        if ruling.stop_at is not None:
+            self._release(ruling.stop_at - self.n_prompt)
+            ruling.question = None
+            self.finish = "content_filter" if ruling.verdict is Action.BLOCK else "unmonitored"
         elif ending is not None and (question is None or ending not in ("stop", "length")):
             if ending in ("stop", "length"):
                 self._release(self.n_sampled)
-            self.finish, self.question = ending, None
+            self.finish, ruling.question = ending, None
         elif self._prompt_done:
             judged, scored = self.n_sampled, self._ledger.n_scored - self.n_prompt
             if self.holds and scored < judged:
@@ -169,7 +170,7 @@ class Watch:
             # One row a step is the usual case, and a sum of Python floats the quickest look at it.
             (scores,) = rows.tolist()
             if math.isfinite(sum(scores)):
-                self._judge_token(first, scores)
+                self._ruling.judge_token(first, scores)
                 return
         if len(rows):
             self._take_all(first, rows)
@@ -177,91 +178,26 @@ class Watch:
     def _take_all(self, first: int, rows: Scores) -> None:
         finite = np.isfinite(rows)
         if not finite.all():
-            self._take_broken(first, finite)
+            self._ledger.miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
+            self._ruling.lose_scores(first, finite)
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()
         answer = max(first, self.n_prompt)
         for position, scores in enumerate(rows[answer - first :].tolist(), answer):
-            self._judge_token(position, scores)
-            if self._stop_at is not None:  # what comes after the row that ends the sequence is never released
+            self._ruling.judge_token(position, scores)
+            if self._ruling.stop_at is not None:  # what comes after the row that ends the sequence is never released
                 return
-
-    def _take_broken(self, first: int, finite: npt.NDArray[np.bool_]) -> None:
-        self._ledger.miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
-        for track in self._tracks:
-            bad = np.flatnonzero(~track.has_all(finite)) + first
-            self._break(track, bad.tolist())
 
     def _gap(self, until: int, cause: Cause) -> None:
         if until <= self.n_scored:
             return
-        positions = self._ledger.gap(until, cause)
-        for track in self._tracks:
-            self._break(track, positions)
+        self._ruling.lose(self._ledger.gap(until, cause))
         if not self._prompt_done and until >= self.n_prompt:
             self._judge_prompt()
 
-    def _break(self, track: AnyTrack, positions: list[int]) -> None:
-        """A probe whose score is missing anywhere in its phase has no value there."""
-        mine = [p for p in positions if (p < self.n_prompt) is (track.rule.phase is Phase.PROMPT)]
-        if not mine:
-            return
-        track.stop()
-        track.action = worst([track.action, Action.UNMONITORED])
-        self.verdict = worst([self.verdict, Action.UNMONITORED])
-        if ends(track.rule, Action.UNMONITORED):
-            self._stop(max(mine[0], self.n_prompt))
-
-    def _stop(self, position: int) -> None:
-        if self.question is not None:  # what waits for an answer does not go out either
-            position = min(position, self.question.position)
-        self._stop_at = position if self._stop_at is None else min(self._stop_at, position)
-
-    # --- judging -----------------------------------------------------------------------------------------------------
-
     def _judge_prompt(self) -> None:
         self._prompt_done = True
-        rows = self._ledger.rows
-        for track in self._prompt:
-            if not track.broken:
-                track.judge(self.prompt, rows[: self.n_prompt])
-                self._act(track, self.n_prompt)
-        self._ask(self.n_prompt)
-
-    def _judge_token(self, position: int, scores: list[float]) -> None:
-        news = self._answer.add(position, scores)
-        if news:
-            for track in news:
-                self._act(track, position)
-            self._ask(position)
-
-    def _act(self, track: AnyTrack, position: int) -> None:
-        self.verdict = worst([self.verdict, track.action])
-        if ends(track.rule, track.action):
-            self._stop(position)
-
-    def _ask(self, position: int) -> None:
-        """Open a question for the tracks that have just come to need one; other probes answer at once."""
-        asking = [t for t in self._tracks if t.action is Action.ESCALATE]
-        if not asking or self._stop_at is not None:
-            return
-        if self.question is None:
-            self.question = Question(asking[0].rule.phase, position, asking)
-        else:
-            self.question.tracks[:] = asking
-        if self._second.probes:
-            self._resolve(self.question.answer_of(self._tracks, self._second.probes), "failed")
-
-    def _resolve(self, second: float | None, missing: Missing) -> None:
-        question, self.question = self.question, None
-        if question is None:
-            return
-        for track in question.tracks:
-            if not track.broken:
-                self.escalations.append(question.decide(track, self._second, second, missing))
-                if ends(track.rule, track.action):
-                    self._stop(question.position)
-        self.verdict = worst([t.action for t in self._tracks])
+        self._ruling.judge_prompt(self._ledger.rows[: self.n_prompt])
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -272,16 +208,15 @@ class Watch:
 
     def shown(self, rows: Scores) -> Scores:
         """(n, P): one score of each token for each probe, in the order of the rules. rows: (n, K) of their columns"""
-        return shown(self._tracks, rows)
+        return self._ruling.shown(rows)
 
     @property
     def coverage(self) -> Coverage:
         return self._ledger.coverage(self.n_sampled)
 
     def readings(self, phase: Phase | None = None) -> tuple[ProbeReading, ...]:
-        rows, answer = self._ledger.rows, Turn(self.n_prompt, self.n_prompt + self._answer.running.n)
-        at = {Phase.PROMPT: drawn(self.prompt.turns, self._chance), Phase.RESPONSE: drawn([answer], self._chance)}
-        return tuple(t.reading(rows, at[t.rule.phase]) for t in self._tracks if phase is None or t.rule.phase is phase)
+        found = self._ruling.readings(self._ledger.rows, self._chance)
+        return found if phase is None else tuple(r for r in found if r.phase is phase)
 
     def record(
         self,
@@ -294,9 +229,9 @@ class Watch:
     ) -> Record:
         """The finished sequence. Token scores are kept where some probe crossed its threshold or broke."""
         scores: dict[str, Sequence[float]] = {}
-        readings, rows = self.readings(), self._ledger.rows
-        if len(rows) and (self.escalations or self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
-            scores = {t.rule.probe: [round(v, 5) for v in t.shown(rows).tolist()] for t in self._tracks}
+        readings, rows, escalations = self.readings(), self._ledger.rows, tuple(self._ruling.escalations)
+        if len(rows) and (escalations or self.verdict is not Action.ALLOW or any(r.would_block for r in readings)):
+            scores = self._ruling.of_each(rows)
         return Record(
             request_id=request_id,
             index=index,
@@ -314,7 +249,7 @@ class Watch:
             token_scores=scores,
             key=caller.key,
             policy=policy,
-            escalations=tuple(self.escalations),
+            escalations=escalations,
             held_seconds=self._waits.longest,
             scored_by=scored_by,
         )

@@ -31,12 +31,14 @@ MAY = {
     "monitor.coverage": {"monitor.types"},
     "monitor.track": {"monitor.types", "monitor.aggregate", "monitor.policy.rule"},
     "monitor.question": {"monitor.types", "monitor.policy.rule", "monitor.track"},
+    "monitor.ruling": {"monitor.types", "monitor.policy.rule", "monitor.track", "monitor.question"},
     "monitor.sequence": {
         "monitor.types",
         "monitor.policy.rule",
         "monitor.coverage",
         "monitor.track",
         "monitor.question",
+        "monitor.ruling",
     },
     "monitor.metrics": WORDS
     | {"monitor.policy.rule", "monitor.metrics", "probes_store.calibration", "probes_store.moments"},

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from monitor.api.features import eraser, feature_log
-from monitor.api.serve import Sinks
+from monitor.api.sinks import Sinks
 from monitor.config import load_settings
 from monitor.engines.embedded.attention import use_packed_attention
 from monitor.engines.embedded.engine import EmbeddedEngine

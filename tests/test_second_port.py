@@ -18,11 +18,13 @@ import uvicorn
 from monitor.api import hangup
 from monitor.api.admin.port import check_admin_key
 from monitor.api.app import create_app
+from monitor.api.door import admin_door
 from monitor.api.edge import Edge
 from monitor.api.hangup import reload_all, reload_at_hangup, remember_hangups
 from monitor.api.openai import Service
 from monitor.api.peers import PerMinute, peer_name
-from monitor.api.serve import Server, Sinks, admin_door, announce, embedded
+from monitor.api.serve import Server, embedded
+from monitor.api.sinks import Sinks, announce
 from monitor.config import load_settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.errors import ConfigInvalid

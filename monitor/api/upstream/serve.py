@@ -12,11 +12,13 @@ import uvicorn
 from rich.console import Console
 
 from monitor.api.admin.control import Serving
+from monitor.api.door import admin_door, open_socket, plainly
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.others import other_routes
-from monitor.api.serve import Server, Sinks, admin_door, announce, open_socket, plainly, summary
+from monitor.api.serve import Server, summary
+from monitor.api.sinks import Sinks, announce
 from monitor.api.upstream.app import create_app
 from monitor.api.upstream.observers import Observers
 from monitor.api.upstream.routes import Proxy

@@ -22,11 +22,13 @@ from vllm.entrypoints.launchers.launcher import serve_http
 
 from monitor.api.admin.control import Serving
 from monitor.api.app import bare_app
+from monitor.api.door import Door, admin_door, open_socket, plainly
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
 from monitor.api.others import other_routes
-from monitor.api.serve import EXIT_ENGINE_DIED, Door, Sinks, admin_door, announce, open_socket, plainly, summary
+from monitor.api.serve import EXIT_ENGINE_DIED, summary
+from monitor.api.sinks import Sinks, announce
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings

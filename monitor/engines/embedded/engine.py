@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from monitor.config import Settings
+from monitor.engines.embedded.admission import Admission
 from monitor.engines.embedded.asking import Asking
 from monitor.engines.embedded.attention import KVCache, Packed, use_packed_attention
 from monitor.engines.embedded.generation import Generation, Group
 from monitor.engines.embedded.model import LoadedModel
 from monitor.engines.embedded.reread import Rereading
-from monitor.engines.embedded.sampling import Sampler
 from monitor.engines.embedded.schedule import Schedule
-from monitor.engines.embedded.sets import Forward, ProbeSet, Sets
-from monitor.engines.embedded.text import AnswerText
+from monitor.engines.embedded.sets import Forward, Sets
 from monitor.engines.embedded.trial import Trial
-from monitor.errors import Overloaded, RequestInvalid
+from monitor.errors import Overloaded
 from monitor.live import LiveProbes
 from monitor.reread import Offer
 from monitor.types import Deliver, FinishReason, GenerationRequest, Observer, Prompt, Scores
@@ -51,9 +50,10 @@ class EmbeddedEngine:
         self._model = model
         self._settings = settings
         self._observer = observer
-        self._died, self._offer = died, offer
+        self._died = died
         self._sets = Sets(live)
         self._pass = Forward(model, self._sets.current, settings.max_step_tokens + settings.max_sequences)
+        self._admission = Admission(model, settings, observer, offer)
         self._schedule = Schedule(settings)
         self._aborted: set[str] = set()
         self._beside: list[Generation] = []  # canaries: not behind others, a roll-back must not wait for a slot
@@ -101,17 +101,7 @@ class EmbeddedEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
-        if request.n > self._settings.max_sequences:
-            raise RequestInvalid(f"n is {request.n}; send at most {self._settings.max_sequences}", "n")
-        probes = self._sets.current
-        groups = [Group(list(self._choices(request, p, probes, deliver))) for p in range(len(request.prompts))]
-        for group in groups:
-            if group.reserved > self._settings.kv_tokens:
-                raise RequestInvalid(
-                    f"n x (prompt + max_tokens) is {group.reserved} tokens, this server holds "
-                    f"{self._settings.kv_tokens}; ask for a smaller max_tokens or n",
-                    "max_tokens",
-                )
+        groups = self._admission.groups(request, self._sets.current, deliver)
         with self._wake:
             self._check_open()
             if len(groups) > self._schedule.room:
@@ -165,25 +155,6 @@ class EmbeddedEngine:
             sets = [self._sets.current]
             rows.append(self._pass.run([list(chunk)], Packed([cache], [len(chunk)]), [], sets)[0][sets[0]])
         return np.concatenate(rows)
-
-    def _choices(
-        self, request: GenerationRequest, prompt_index: int, probes: ProbeSet, deliver: Deliver
-    ) -> Iterator[Generation]:
-        prompt, policy = request.prompts[prompt_index], probes.live.choose(request.caller)
-        spell = self._model.tokenizer.decode
-        for i in range(request.n):
-            yield Generation(
-                request,
-                prompt_index * request.n + i,
-                prompt,
-                probes,
-                policy,
-                Sampler(request.sampling, i, lambda token: spell([token])),
-                AnswerText(self._model.tokenizer, request.sampling.stop),
-                deliver,
-                self._observer.record,
-                self._offer,
-            )
 
     # --- the engine's thread ------------------------------------------------------------------------------------
 
