@@ -17,6 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DELTA = 0.05
+STALE_LOW, STALE_HIGH = 0.5, 2.0
+"""A threshold is stale where traffic is certainly flagged at less or more than these times its certified rate."""
 
 
 def binomial_cdf(j: int, n: int, p: float) -> float:
@@ -32,6 +34,11 @@ def clopper_pearson(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
     """The exact interval of a rate: hits of n, n > 0."""
     tail = (1 - confidence) / 2
     return 1 - _upper(n - hits, n, tail), _upper(hits, n, tail)
+
+
+def is_stale(low: float, high: float, target: float) -> bool:
+    """low, high: the interval of the rate that was seen; target: the certified one"""
+    return low > STALE_HIGH * target or high < STALE_LOW * target
 
 
 def _upper(hits: int, n: int, tail: float) -> float:

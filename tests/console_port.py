@@ -81,7 +81,11 @@ class FakeProbes:
         versions = [version("v2", gate={"verdict": "PASS"}, labels=240), version("v1")]
         versions.append(version("v0", damaged="its sha256 is another", **bad))
         found = {"name": "demo", "live": self.live, "previous": self.previous, "candidate": self.candidate}
-        return {"model": "tiny", "probes": [found | {"backlog": 12, "needed": 60, "versions": versions}]}
+        seen = {"phase": "prompt", "format": "chat", "threshold": 1.5, "n": 2000, "target_fpr": 0.005, "psi": 0.31}
+        seen |= {"observed": 0.0205, "low": 0.0148, "high": 0.0277, "stale": True}
+        few = seen | {"phase": "response", "n": 12} | dict.fromkeys(("observed", "low", "high", "psi", "stale"))
+        found |= {"backlog": 12, "needed": 60, "versions": versions, "thresholds": [seen, few]}
+        return {"model": "tiny", "probes": [found]}
 
 
 class ConsolePort(AdminPort):

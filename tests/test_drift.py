@@ -97,3 +97,32 @@ def test_a_card_without_deciles_still_has_a_ratio():
     for one in benign(ENOUGH, 3):
         metrics.drift.add("chat", reading(value=one))
     assert gauge(metrics, "drift_psi_ratio") is None and 0.3 < gauge(metrics, "observed_flag_ratio") < 0.7
+
+
+@pytest.mark.parametrize(
+    ("values", "stale"),
+    [
+        (benign(WINDOW, 1), False),
+        ([*benign(WINDOW, 1), *benign(WINDOW, 2, mean=1.0)], True),
+        ([-5.0] * WINDOW, True),
+        (benign(ENOUGH - 1, 1), None),
+    ],
+)
+def test_a_threshold_is_stale_when_its_interval_says_so(values, stale):
+    """The same rule as the alert ThresholdStale's, and the release gate's."""
+    metrics = watched(values)
+    (standing,) = metrics.drift.standings()
+    assert (standing.probe, standing.phase, standing.format, standing.stale) == (*CHAT, stale)
+    assert standing.n == min(WINDOW, len(values))
+    if stale is not None:
+        assert standing.observed == gauge(metrics, "observed_flag_ratio")
+        assert standing.low <= standing.observed <= standing.high
+
+
+def test_without_a_certified_rate_no_threshold_is_stale():
+    metrics = Metrics()
+    metrics.drift.expect({CHAT: Reference((), 0.0, None)})
+    for one in benign(ENOUGH, 3):
+        metrics.drift.add("chat", reading(value=one))
+    (standing,) = metrics.drift.standings()
+    assert (standing.stale, standing.psi) == (None, None) and standing.low < standing.observed < standing.high

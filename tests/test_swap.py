@@ -169,6 +169,8 @@ def test_the_shelf(both):
         "name": "hair", "live": "v1", "previous": None, "candidate": "v3", "backlog": 0,
     }  # fmt: skip
     assert hair["needed"] == 598
+    found = [(t["phase"], t["format"], t["stale"]) for t in hair["thresholds"]]
+    assert found == [(phase, form, None) for form in ("chat", "raw") for phase in ("prompt", "response")], "few values"
     assert [(v["version"], v["live"], v["candidate"]) for v in hair["versions"]] == [
         ("v3", False, True), ("v2", False, False), ("v1", True, False),
     ]  # fmt: skip

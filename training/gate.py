@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from probes_store.calibration import clopper_pearson
+from probes_store.calibration import STALE_HIGH, STALE_LOW, clopper_pearson, is_stale
 from training import metrics
 from training.metrics import Array, Figure, Flips, Sample, Unsupported
 
-STALE_HIGH, STALE_LOW = 2.0, 0.5
 """Times the target that a false-positive rate may be."""
 MARGIN = 0.02
 """Of AUROC, and of recall on flipped rows: what a candidate may lose to the live probe."""
@@ -119,7 +118,7 @@ def _false_positives(e: Evidence) -> Check:
 
 
 def _band(low: float, high: float, target: float) -> Verdict:
-    if low > STALE_HIGH * target or high < STALE_LOW * target:
+    if is_stale(low, high, target):
         return Verdict.STALE
     inside = STALE_LOW * target <= low and high <= STALE_HIGH * target
     return Verdict.PASS if inside else Verdict.INCONCLUSIVE

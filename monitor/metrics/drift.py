@@ -1,8 +1,8 @@
 """Drift: do the newest values still look like those that a threshold was calibrated on?
 
-Two answers for each probe, phase and format, over a window of the newest sequences: the population stability index
+Three answers for each probe, phase and format, over a window of the newest sequences: the population stability index
 (PSI) of their values against the tenths of the card's benign values, and the share above the threshold with the exact
-interval of Clopper and Pearson. By habit a PSI above 0.1 is a shift, above 0.25 a large one. Drift tells; it acts on
+interval of Clopper and Pearson, and whether that says that the threshold is stale. By habit a PSI above 0.1 is a shift, above 0.25 a large one. Drift tells; it acts on
 nothing.
 """
 
@@ -13,11 +13,11 @@ import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from monitor.types import Format, Phase, ProbeReading
-from probes_store.calibration import clopper_pearson
+from probes_store.calibration import clopper_pearson, is_stale
 
 WINDOW = 2000
 ENOUGH = 200
@@ -42,8 +42,29 @@ class _Window:
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a threshold in force stands to the newest values.
+
+    n: values; observed: their share above the threshold, within [low, high] at 95 %, and psi: None of fewer than ENOUGH
+    (psi: also where the card has no reference); stale: None where there is nothing to hold it to
+    """
+
+    probe: str
+    phase: Phase
+    format: Format
+    threshold: float
+    target_fpr: float | None
+    n: int
+    observed: float | None = None
+    low: float | None = None
+    high: float | None = None
+    psi: float | None = None
+    stale: bool | None = None
+
+
 class Drift:
-    """`add` for every reading, from any thread; `show` when somebody looks."""
+    """`add` for every reading, from any thread; `standings` and `show` when somebody looks."""
 
     def __init__(self) -> None:
         self._windows: dict[tuple[str, Phase, Format], _Window] = {}
@@ -62,22 +83,41 @@ class Drift:
         if window is not None and reading.value is not None:
             window.values.append(reading.value)
 
-    def show(self, metrics: Any) -> None:
-        """Set the gauges; nothing is said of fewer than ENOUGH values."""
+    def standings(self) -> list[Standing]:
         with self._lock:
             windows = [(key, w.reference, list(w.values)) for key, w in self._windows.items()]
-        for key, reference, values in windows:
-            if reference.target_fpr is not None:
-                metrics.target_fpr_ratio.labels(*key).set(reference.target_fpr)
-            if len(values) < ENOUGH:
-                continue
-            if reference.edges:
-                metrics.drift_psi_ratio.labels(*key).set(psi(reference.edges, values))
-            above = sum(value > reference.threshold for value in values)
-            low, high = clopper_pearson(above, len(values))
-            metrics.observed_flag_ratio.labels(*key).set(above / len(values))
-            metrics.observed_flag_ratio_low.labels(*key).set(low)
-            metrics.observed_flag_ratio_high.labels(*key).set(high)
+        return [_standing(*key, reference, values) for key, reference, values in windows]
+
+    def show(self, metrics: Any) -> None:
+        """Set the gauges; nothing is said of fewer than ENOUGH values."""
+        for s in self.standings():
+            key = s.probe, s.phase, s.format
+            for gauge, value in (
+                (metrics.target_fpr_ratio, s.target_fpr),
+                (metrics.drift_psi_ratio, s.psi),
+                (metrics.observed_flag_ratio, s.observed),
+                (metrics.observed_flag_ratio_low, s.low),
+                (metrics.observed_flag_ratio_high, s.high),
+            ):
+                if value is not None:
+                    gauge.labels(*key).set(value)
+
+
+def _standing(probe: str, phase: Phase, form: Format, reference: Reference, values: Sequence[float]) -> Standing:
+    target = reference.target_fpr
+    bare = Standing(probe, phase, form, reference.threshold, target, len(values))
+    if len(values) < ENOUGH:
+        return bare
+    above = sum(value > reference.threshold for value in values)
+    low, high = clopper_pearson(above, len(values))
+    return replace(
+        bare,
+        observed=above / len(values),
+        low=low,
+        high=high,
+        psi=psi(reference.edges, values) if reference.edges else None,
+        stale=None if target is None else is_stale(low, high, target),
+    )
 
 
 def psi(edges: Sequence[float], values: Sequence[float]) -> float:

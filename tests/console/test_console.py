@@ -214,6 +214,10 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     page.press("3")
     page.until("document.querySelector('.card')?.innerText.includes('60 more requests are needed')")
     assert "damaged: its sha256 is another" in page.text(".card")
+    stale, few = page.run("[...document.querySelectorAll('.card .standing')].map((p) => p.innerText)")
+    assert "prompt, chat: 2.05 % of the newest 2,000 are above the threshold [1.48 %, 2.77 %]" in stale
+    assert "certified for 0.50 %, PSI 0.31 · The threshold is stale: it flags more than it is certified for" in stale
+    assert few == "response, chat: 12 values so far, too few to say how the threshold fits"
     assert page.run("[...document.querySelectorAll('.card button')].map((b) => b.innerText)") == [
         "Retrain", "Promote", "Stop shadow",
     ]  # fmt: skip

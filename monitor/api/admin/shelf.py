@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from monitor.errors import MidstreamError
+from monitor.metrics.drift import Standing
 from monitor.traffic import Where
 from monitor.traffic.labelled import Labelled, count_since, labelled_since
 from probes_store.calibration import rows_needed
@@ -17,15 +19,26 @@ class Shelf:
     """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
 
     rate: of requests whose features are kept, whatever they are; 0: of none
+    standings: how the thresholds in force stand to the newest values
     """
 
-    def __init__(self, store: Store, slug: str, log: Where, target_fpr: float, rate: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        slug: str,
+        log: Where,
+        target_fpr: float,
+        rate: float,
+        standings: Callable[[], Sequence[Standing]] = tuple,
+    ) -> None:
         self._store, self._slug, self._log, self._target, self._rate = store, slug, log, target_fpr, rate
+        self._standings = standings
 
     def describe(self) -> dict[str, Any]:
         """Reads files and the log. raises: ConfigInvalid if live.json is damaged"""
         chosen = self._store.choices()
         live, candidates = self._store.live(self._slug, chosen), self._store.candidates(self._slug, chosen)
+        standings = self._standings()
         probes = []
         for name, version in live.items():
             versions = [self._version(name, v, version, candidates.get(name)) for v in self._newest_first(name)]
@@ -38,6 +51,7 @@ class Shelf:
                     "candidate": candidates.get(name),
                     "backlog": len(self._labels(since)),
                     "needed": self.needed(since),
+                    "thresholds": [_standing(s) for s in standings if s.probe == name],
                     "versions": versions,
                 }
             )
@@ -80,6 +94,10 @@ class Shelf:
         except MidstreamError as error:
             return marks | {"damaged": str(error)} | dict.fromkeys(_OF_CARD)
         return marks | of_card(stored)
+
+
+def _standing(standing: Standing) -> dict[str, Any]:
+    return {name: value for name, value in asdict(standing).items() if name != "probe"}
 
 
 _OF_CARD = ("created", "kind", "layers", "sha256", "metrics", "gate", "labels")

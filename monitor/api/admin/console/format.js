@@ -8,6 +8,7 @@ export const VERDICTS = ["block", "flag", "escalate", "unmonitored", "allow"];
 export const known = (value) => value !== null && value !== undefined;
 export const figure = (value, digits = 2) => (known(value) ? value.toFixed(digits).replace("-", "−") : "–");
 export const difference = (value) => (value >= 0 ? "+" : "") + figure(value);
+export const percent = (share) => (known(share) ? `${(100 * share).toFixed(share < 0.1 ? 2 : 0)} %` : "–");
 export const count = (value) => (known(value) ? value.toLocaleString("en") : "–");
 
 /** A verdict: its shape says it too, for who can't tell the colours. */

@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { ask, button, h, say, table } from "./dom.js";
-import { count, known, time } from "./format.js";
+import { count, known, percent, time } from "./format.js";
 import { setKeys } from "./keys.js";
 
 const EVERY_MS = 1500;
@@ -63,7 +63,7 @@ function card(probe, load, follow) {
   return h("article", { class: "card" },
     h("div", { class: "line" }, h("h2", null, probe.name), h("span", { class: "tag" }, `${probe.live} live`),
       probe.candidate ? h("span", { class: "tag shadow" }, `${probe.candidate} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
-    needed(probe),
+    needed(probe), ...(probe.thresholds ?? []).map(standing),
     table(`Versions of ${probe.name}`, ["version", "state", "created", "kind", "layers", "labels", "gate", "figures", "sha256", ""], rows, { class: "stack" }));
 }
 
@@ -72,6 +72,18 @@ function needed(probe) {
   const words = probe.needed > 0 ? `${count(probe.needed)} more requests are needed to certify a threshold on this traffic` : "enough traffic to certify a threshold";
   return h("p", { class: "needed" }, h("span", null, h("b", null, `${count(probe.backlog)} labels`), " since the newest version"), h("span", { class: "soft" }, words),
     h("a", { href: "#/queue" }, "label more"));
+}
+
+/** How a threshold in force stands to the newest traffic, in words. */
+function standing(t) {
+  const where = `${t.phase}, ${t.format}: `;
+  const seen = known(t.observed)
+    ? `${percent(t.observed)} of the newest ${count(t.n)} are above the threshold [${percent(t.low)}, ${percent(t.high)}], certified for ${known(t.target_fpr) ? percent(t.target_fpr) : "no rate"}`
+    : `${count(t.n)} values so far, too few to say how the threshold fits`;
+  const stale = t.stale ? h("b", { class: "bad" }, t.low > t.target_fpr
+    ? " · The threshold is stale: it flags more than it is certified for. Label these requests, then retrain."
+    : " · The threshold is stale: it flags less than you allowed. Label harmless requests, then retrain.") : null;
+  return h("p", { class: "standing soft" }, where, seen, known(t.psi) ? `, PSI ${t.psi.toFixed(2)}` : "", stale);
 }
 
 function versionRow(probe, version, swap) {
