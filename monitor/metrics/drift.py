@@ -1,9 +1,9 @@
 """Drift: do the newest values still look like those that a threshold was calibrated on?
 
 Three answers for each probe, phase and format, over a window of the newest sequences: the population stability index
-(PSI) of their values against the tenths of the card's benign values, and the share above the threshold with the exact
-interval of Clopper and Pearson, and whether that says that the threshold is stale. By habit a PSI above 0.1 is a shift, above 0.25 a large one. Drift tells; it acts on
-nothing.
+(PSI) of their values against the tenths of the card's benign values, the share above the threshold with the exact
+interval of Clopper and Pearson, and whether that makes the threshold stale. By habit a PSI above 0.1 is a shift, above
+0.25 a large one. Drift tells; it acts on nothing.
 """
 
 from __future__ import annotations
