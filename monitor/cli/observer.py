@@ -18,16 +18,23 @@ Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
 Folder = Annotated[Path | None, typer.Option("--store", help="Folder of your own probes.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="int8 weights: faster, and scores differ a little.")]
 
+Probes = Annotated[list[str] | None, typer.Option(help="NAME@VERSION to be promoted or shadowed, may repeat.")]
+
 
 @app.command()
-def build(model: Model = None, config: Config = None, store: Folder = None, int8: Int8 = False) -> None:
-    """Export the model up to the last block that a live probe reads, and check it against the probes' canaries."""
+def build(
+    model: Model = None, config: Config = None, store: Folder = None, int8: Int8 = False, probe: Probes = None
+) -> None:
+    """Export the model up to the last block that a live probe reads, and check it against the probes' canaries.
+
+    With --probe also what a running proxy needs to run that version in shadow, and to promote it.
+    """
     from monitor.observer.load import make
 
     settings = load_settings(config, model=model, store=store)
     console = Console(stderr=True)
     with console.status(f"building the observer of {settings.model} …"):
-        made = make(settings, int8)
+        made = make(settings, int8, probe or ())
     size = sum(p.stat().st_size for p in made.folder.iterdir())
     print(f"{made.folder}: {made.shape.n_blocks} blocks, {size / 1e6:.0f} MB")
     _check(settings, int8)

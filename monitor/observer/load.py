@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from monitor.observer.build import Built, build, find
 from monitor.observer.reader import Bounds, LocalObserver
 from monitor.observer.session import Session
 from monitor.template import ChatTemplate
-from probes_store.store import Store
+from probes_store.store import CANDIDATE, Store, model_slug
 
 INT8_TOLERANCE = 1.0
 """Largest difference of a canary's logit with int8 weights, unless the operator says otherwise."""
@@ -54,17 +55,37 @@ def describe(settings: Settings) -> tuple[ServedModel, Any]:
     return served, tokenizer
 
 
-def make(settings: Settings, int8: bool = False) -> Built:
-    """Build the observer of the live probes, unless the cache has it; with candidates there are two of them, without
-    and with. raises: MidstreamError"""
+def make(settings: Settings, int8: bool = False, versions: Sequence[str] = ()) -> Built:
+    """Build the observer of the live probes, unless the cache has it, and those that they may be swapped for.
+
+    versions: NAME@VERSION; with each in place of the live one, and with it in shadow beside that
+    returns: of the live probes; raises: MidstreamError
+    """
     from monitor.engines.embedded.model import load_model
 
-    model, store = load_model(settings.model, cache=settings.cache, revision=settings.revision), Store(settings.store)
-    built = build(model, load_live(model.served(), store, settings), settings.cache, int8)
-    candidates, _ = load_candidates(model.served(), store)
-    if candidates:
-        build(model, load_live(model.served(), store, settings, beside=candidates), settings.cache, int8)
-    return built
+    store = Store(settings.store)
+    model = load_model(settings.model, cache=settings.cache, revision=settings.revision)
+    served, made = model.served(), list[Built]()
+    for chosen in _choices(store, model_slug(served.name), versions):
+        candidates, refused = load_candidates(served, store, chosen)
+        if refused:
+            raise ConfigInvalid("; ".join(refused))
+        for beside in [(), candidates] if candidates else [()]:
+            live = load_live(served, store, settings, chosen=chosen, beside=beside)
+            made.append(build(model, live, settings.cache, int8))
+    return made[0]
+
+
+def _choices(store: Store, slug: str, versions: Sequence[str]) -> list[dict[str, str]]:
+    """live.json as it is, and as each of these would make it."""
+    now = store.choices()
+    found = [now]
+    for each in versions:
+        name, _, version = each.partition("@")
+        if version not in store.versions(slug, name):
+            raise ConfigInvalid(f"--probe {each!r} is not in the store; name one like harmful-intent@v2")
+        found += [now | {f"{slug}/{name}": version}, now | {f"{slug}/{name}{CANDIDATE}": version}]
+    return found
 
 
 def load(settings: Settings, int8: bool = False) -> Loaded:
@@ -84,9 +105,10 @@ def observer_of(
     built = find(model, live, settings.cache, int8)
     if built is None:
         form = " --int8" if int8 else ""
+        names = "".join(f" --probe {p.card.name}@{p.card.version}" for p in live.probes)
         raise ConfigInvalid(
             f"there is no observer of {model.name} with these probes yet; build it: "
-            f"midstream observer build --model {settings.model}{form}"
+            f"midstream observer build --model {settings.model}{names}{form}"
         )
     bounds = Bounds.of(settings)
     session = Session(built, settings.threads, bounds.kv_tokens // 2)
