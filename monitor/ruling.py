@@ -15,7 +15,7 @@ from monitor.types import Action, Escalation, Phase, ProbeReading, Prompt, Score
 
 
 class Ruling:
-    """One track for each probe and phase, and at most one open question to the second judge.
+    """One track for each probe and phase, and at most one open question to the second judge at a time.
 
     rules: one per probe and phase
     question: waits for the second judge's answer; until `resolve` nothing from its position on may go out
@@ -31,6 +31,7 @@ class Ruling:
         self._asked = [PromptTrack(r.at(self._n_prompt)) for r in rules if r.phase is Phase.PROMPT]
         self._answer = AnswerTracks([r for r in rules if r.phase is Phase.RESPONSE], self._n_prompt)
         self._tracks: list[AnyTrack] = [*self._asked, *self._answer.tracks]
+        self._next: list[tuple[AnyTrack, int]] = []  # need an answer that the open question won't give, and since when
 
     # --- rows in -----------------------------------------------------------------------------------------------------
 
@@ -84,14 +85,20 @@ class Ruling:
     # --- the second judge --------------------------------------------------------------------------------------------
 
     def _ask(self, position: int) -> None:
-        """Open a question for the tracks that have just come to need one; other probes answer at once."""
-        asking = [t for t in self._tracks if t.action is Action.ESCALATE]
-        if not asking or self.stop_at is not None:
+        """Open a question for the tracks that have just come to need one; other probes answer at once. One that comes
+        while another question is open waits for its turn: the second judge has not read so far."""
+        known = [] if self.question is None else self.question.tracks
+        known = known + [track for track, _ in self._next]
+        self._next += [(t, position) for t in self._tracks if t.action is Action.ESCALATE and t not in known]
+        if self.question is not None or self.stop_at is not None:
             return
-        if self.question is None:
-            self.question = Question(asking[0].rule.phase, position, asking)
-        else:
-            self.question.tracks[:] = asking
+        waiting = [(t, at) for t, at in self._next if t.action is Action.ESCALATE and not t.broken]
+        self._next = []
+        if not waiting:
+            return
+        first = min(at for _, at in waiting)
+        self.question = Question(waiting[0][0].rule.phase, first, [t for t, at in waiting if at == first])
+        self._next = [(t, at) for t, at in waiting if at != first]
         if self._second.probes:
             self.resolve(self.question.answer_of(self._tracks, self._second.probes), "failed")
 
@@ -106,6 +113,7 @@ class Ruling:
                 if ends(track.rule, track.action):
                     self._stop(question.position)
         self.verdict = worst([t.action for t in self._tracks])
+        self._ask(question.position)
 
     # --- out ---------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class Watch:
         self._ledger = Ledger(self.n_prompt, self._width)
         self._waits, self._clock, self._chance = Waits(), clock, chance
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
-        self._prompt_done = False
+        self._prompt_done = self._given = False
 
     @property
     def verdict(self) -> Action:
@@ -111,12 +111,20 @@ class Watch:
             if fed > self._ledger.n_scored:
                 self._gap(fed, "missing_rows")
         self._ending = self._ending or finish
-        if self.question is not None and self.n_sampled - self.released > self._second.max_held:
+        if self._overflows():
             self._ruling.resolve(None, "overflow")
         return self._settle(n_new)
 
+    def _overflows(self) -> bool:
+        """More tokens wait for the second judge than may. Of an answer that is given none does: nobody waits for it."""
+        question = self._ruling.question
+        if question is None or self._given or self._ruling.stop_at is not None:
+            return False
+        return self.n_sampled - max(self.released, question.position - self.n_prompt) > self._second.max_held
+
     def replay(self, first: int, rows: Scores, n_answer: int) -> Judged:
         """`advance` for an answer of n_answer tokens that is given, as if each had been sampled when its turn came."""
+        self._given = True
         until = first + len(rows) - self.n_prompt
         sampled = min(n_answer, max(0, until + 1))
         return self.advance(first, rows, max(0, sampled - self.n_sampled), "stop" if until >= n_answer else None)
@@ -176,16 +184,19 @@ class Watch:
             self._take_all(first, rows)
 
     def _take_all(self, first: int, rows: Scores) -> None:
-        finite = np.isfinite(rows)
-        if not finite.all():
-            self._ledger.miss([first + int(i) for i in np.flatnonzero(~finite.all(axis=1))], "not_finite")
-            self._ruling.lose_scores(first, finite)
+        ruling, finite = self._ruling, np.isfinite(rows)
+        whole = np.asarray(finite.all(axis=1))
+        if not whole.all():
+            self._ledger.miss([first + int(i) for i in np.flatnonzero(~whole)], "not_finite")
+            ruling.lose_scores(first, finite[: max(0, self.n_prompt - first)])
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()
         answer = max(first, self.n_prompt)
         for position, scores in enumerate(rows[answer - first :].tolist(), answer):
-            self._ruling.judge_token(position, scores)
-            if self._ruling.stop_at is not None:  # what comes after the row that ends the sequence is never released
+            if not whole[position - first]:  # in its turn: what comes before it is judged by every probe
+                ruling.lose_scores(position, finite[position - first : position - first + 1])
+            ruling.judge_token(position, scores)
+            if ruling.stop_at is not None:  # what comes after the row that ends the sequence is never released
                 return
 
     def _gap(self, until: int, cause: Cause) -> None:

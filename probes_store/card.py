@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -124,9 +123,8 @@ class Card(_Part):
 
     @property
     def seen_until(self) -> float:
-        """Labels up to then are in it, in seconds since the epoch; one not made of traffic has seen none before it."""
-        until = self.retrained.get("until")
-        return datetime.fromisoformat(self.created).timestamp() if until is None else float(until)
+        """Labels up to then are in it, in seconds since the epoch; 0 for one that was not made of traffic."""
+        return float(self.retrained.get("until", 0.0))
 
     def probability(self, value: float) -> float:
         """Of a prompt's value, in chat: calibrated where the card can, else the logistic function of the logit."""

@@ -10,15 +10,19 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from monitor.errors import ConfigInvalid, ProbeInvalid, ProbeMismatch
 from probes_store.card import Card
 from probes_store.store import CANDIDATE, PREVIOUS, Store, model_slug
 
+WAIT_S, _LOOK_S = 2.0, 0.05
+"""How long somebody else may be changing live.json: a server that scores canaries takes a moment."""
 Tried = Callable[[Mapping[str, str]], None]
 """Told what live.json would say, before it is written; what it raises keeps the old one."""
 
@@ -34,20 +38,34 @@ class Choice:
 
 
 def promote(
-    store: Store, model: str, probe: str, version: str, other_model: bool = False, tried: Tried | None = None
+    store: Store,
+    model: str,
+    probe: str,
+    version: str,
+    other_model: bool = False,
+    tried: Tried | None = None,
+    fewer: bool = False,
+    instead_of: str | None = None,
 ) -> Choice:
     """Make a version live; the one before is kept to go back to.
 
     other_model: the model itself was changed, so the card need not agree with the version that is live now
-    raises: ConfigInvalid if there is no such version or live.json can't be written, ProbeInvalid if the version is
-    damaged, ProbeMismatch if it belongs to another model; what `tried` raises
+    fewer: it may be calibrated for less than the one before, and only shadow the rest
+    instead_of: the version that must be live now; None: any
+    raises: ConfigInvalid if there is no such version, it is calibrated for less, another one is live than was expected,
+    or live.json can't be written; ProbeInvalid if the version is damaged, ProbeMismatch if it belongs to another model;
+    what `tried` raises
     """
     card = _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         before = _serving(store, chosen, model, probe)
+        _expected(probe, before, instead_of)
         if before is not None and not other_model:
             with suppress(ProbeInvalid):  # a damaged version is what one promotes away from
-                _same_model(card, store.load(model, probe, before).card)
+                live = store.load(model, probe, before).card
+                _same_model(card, live)
+                if not fewer:
+                    _as_wide(card, live)
         return _choose(chosen, model, probe, version, before)
 
 
@@ -67,7 +85,14 @@ def rollback(store: Store, model: str, probe: str, tried: Tried | None = None) -
         return _choose(chosen, model, probe, version, _serving(store, chosen, model, probe))
 
 
-def shadow(store: Store, model: str, probe: str, version: str | None, tried: Tried | None = None) -> Choice:
+def shadow(
+    store: Store,
+    model: str,
+    probe: str,
+    version: str | None,
+    tried: Tried | None = None,
+    instead_of: str | None = None,
+) -> Choice:
     """Serve a version in shadow beside the live one, in place of the candidate before; None: serve none.
 
     raises: as `promote`, and ConfigInvalid for the version that is live
@@ -75,6 +100,7 @@ def shadow(store: Store, model: str, probe: str, version: str | None, tried: Tri
     card = None if version is None else _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         key, live = f"{model}/{probe}", _serving(store, chosen, model, probe)
+        _expected(probe, live, instead_of)
         if live is None:
             raise ConfigInvalid(f"there is no probe {probe!r} for model {model!r}; see `midstream probes`")
         if card is None:
@@ -128,6 +154,27 @@ def _told(chosen: dict[str, str], model: str, probe: str, live: str) -> Choice:
     return Choice(probe, live, chosen.get(key + PREVIOUS), chosen.get(key + CANDIDATE))
 
 
+def _expected(probe: str, live: str | None, wanted: str | None) -> None:
+    if wanted not in (None, live):
+        raise ConfigInvalid(f"{probe} {wanted} is not live any more, {live} is: somebody has changed it meanwhile")
+
+
+def _as_wide(card: Card, live: Card) -> None:
+    """A version that lacks a calibration can only shadow there: nobody should find out later that it blocks no more."""
+    lost = [
+        f"{'answers' if phase == 'response' else 'prompts'} ({'chat' if form == 'chat' else 'completions'})"
+        for form, phases in live.calibration.items()
+        for phase in phases
+        if phase not in card.calibration.get(form, {})
+    ]
+    if lost:
+        raise ConfigInvalid(
+            f"{card.name} {card.version} is not calibrated for {', '.join(lost)}, which {live.version} is: it "
+            "would only shadow them. Retrain with harmless rows to calibrate on (--data, --frozen), or add "
+            "--fewer-phases"
+        )
+
+
 def _same_model(card: Card, live: Card) -> None:
     checks = (
         ("model", live.model.fingerprint, card.model.fingerprint),
@@ -155,10 +202,11 @@ def _editing(store: Store, tried: Tried | None = None) -> Iterator[dict[str, str
     except OSError as error:
         raise ConfigInvalid(f"store {str(store.overlay)!r} can't be written: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigInvalid(f"another process is changing {store.overlay / 'live.json'}; try again") from error
+        deadline = time.monotonic() + WAIT_S
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise ConfigInvalid(f"another process is changing {store.overlay / 'live.json'}; try again")
+            time.sleep(_LOOK_S)
         chosen = store.choices()
         yield chosen
         if tried is not None:
@@ -167,6 +215,14 @@ def _editing(store: Store, tried: Tried | None = None) -> Iterator[dict[str, str
             _replace(store.overlay / "live.json", json.dumps(chosen, indent=1, sort_keys=True) + "\n")
         except OSError as error:
             raise ConfigInvalid(f"store {str(store.overlay)!r} can't be written: {error.strerror}") from error
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _replace(path: Path, text: str) -> None:

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from monitor.api.admin.lensing import Lensing
-from monitor.api.spelled import turns_of
 from monitor.config import load_settings
 from monitor.traffic import count_unlabelled, find_labels
+from monitor.traffic.turns import turns_of
 from monitor.types import Action
 
 from .admin_port import BEARER, ID, events

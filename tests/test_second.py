@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,48 @@ class TestAnswers:
             fed_on(one, i, score)
             seen.append(one.question is not None)
         assert seen == [False, False, False, False, True]
+
+    def test_a_certain_token_in_the_call_that_overflows_is_a_block(self):
+        """Several rows in one call: the block stands, though more tokens wait than may."""
+        one = watch(Second(max_held=2))
+        fed(one, CALM, UNSURE)
+        judged = one.advance(N_PROMPT + 1, np.array([[CALM], [SURE], [CALM], [CALM]], np.float32), 4)
+        assert (judged.finish, judged.released) == ("content_filter", 0)
+        assert record(one).verdict is Action.BLOCK and record(one).escalations == ()
+
+    def test_only_what_waits_for_the_answer_counts_as_held(self):
+        one = watch(Second(max_held=4))
+        fed(one, CALM)
+        rows = np.full((6, 1), CALM, np.float32)
+        rows[4] = UNSURE
+        judged = one.advance(N_PROMPT, rows, 6)
+        assert one.question is not None and judged.released == 4
+
+    def test_a_given_answer_waits_however_long_it_is(self):
+        one = watch(Second(max_held=2))
+        rows = np.full((N_PROMPT + 20, 1), CALM, np.float32)
+        rows[N_PROMPT + 1] = UNSURE
+        assert one.replay(0, rows, 20).finish is None and one.question is not None
+        assert one.resolve(logit(0.001)).finish == "stop" and one.released == 20
+
+    def test_another_probe_that_comes_to_need_an_answer_gets_its_own(self):
+        """The first question was about less: whoever answers it has not read the rest."""
+        two = [*rules(), *(replace(r, probe="q", column=1) for r in rules())]
+        prompt = Prompt(tuple(range(N_PROMPT)), (Turn(1, N_PROMPT),), 0, "chat")
+        one = Watch(prompt, two, Second(recheck_tokens=50, max_held=50))
+        one.advance(0, np.full((N_PROMPT, 2), CALM, np.float32), 1)
+        for i, row in enumerate([[UNSURE, CALM], [CALM, CALM], [CALM, UNSURE], [CALM, CALM]]):
+            one.advance(N_PROMPT + i, np.array([row], np.float32), 1)
+        first = one.question
+        assert first.position == N_PROMPT
+        judged = one.resolve(logit(0.001))
+        assert one.question is not None and one.question is not first
+        assert (one.question.position, judged.released, one.verdict) == (N_PROMPT + 2, 2, Action.ESCALATE)
+        assert one.resolve(logit(0.999)).finish == "content_filter" and one.released == 2
+        asked = record(one).escalations
+        assert [(e.probe, e.position, e.result) for e in asked] == [
+            ("p", N_PROMPT, "clear"), ("q", N_PROMPT + 2, "block"),
+        ]  # fmt: skip
 
 
 def fed_on(one, i, score):

@@ -107,6 +107,35 @@ def test_an_end_waits_for_the_second_judge():
     asyncio.run(run())
 
 
+def test_an_answer_that_comes_too_late_does_not_stop_the_loop():
+    """The first question has overflown and is forgotten; while the second one waits, everything else goes on."""
+
+    async def run():
+        judged = Judged(
+            Unsure(), escalate=-1.0, fail_mode="open", second=Second(weight=0.9, recheck_tokens=1, max_held=2)
+        )
+        choice = await judged.begin()
+        choice.add("*", "content")
+        await choice.read(pause=True)
+        assert len(judged.questions) == 1
+        choice.add("one two", "content")
+        await choice.read(pause=True)
+        assert choice.watch.question is None and not choice.ended
+        choice.add("*", "content")
+        ending = asyncio.create_task(choice.read("stop"))
+        while choice.watch.question is None or len(judged.questions) < 2:
+            await asyncio.sleep(0)
+        judged.questions[0][1](-9.0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not ending.done()
+        judged.questions[-1][1](-9.0)
+        await asyncio.wait_for(ending, 5)
+        assert choice.ended
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 @pytest.mark.parametrize(("second", "finish"), [(9.0, "content_filter"), (-9.0, None), (None, "unmonitored")])
 def test_a_prompt_waits_for_the_second_judge(second, finish):
     async def run():

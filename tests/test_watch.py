@@ -335,3 +335,28 @@ def test_t2_every_position_is_counted_once(data):
     else:
         assert judged.finish == "unmonitored" and holes and fail_mode == "closed"
         assert judged.released <= max(0, min(holes) - n_prompt)
+
+
+@pytest.mark.parametrize("fail_mode", ["closed", "open"])
+def test_rows_before_a_missing_one_are_judged_first(fail_mode):
+    """All in one call, as a second model reads: what crosses before the hole blocks, and goes no further."""
+    watch = Watch(prompt(4), both(fail_mode=fail_mode))
+    watch.advance(0, np.zeros((4, 1), np.float32), 1)
+    judged = watch.advance(4, rows(0, 0, 9, 0, np.nan, 0), 6)
+    assert (judged.released, judged.finish, watch.verdict) == (2, "content_filter", Action.BLOCK)
+
+
+def test_a_hole_of_one_probe_does_not_blind_the_others():
+    rules = [r for c in (0, 1) for r in both(column=c)]
+    watch = Watch(prompt(4), rules)
+    watch.advance(0, np.zeros((4, 2), np.float32), 1)
+    judged = watch.advance(4, rows([0, 0], [0, 9], [np.nan, 0]), 3)
+    assert (judged.released, judged.finish, watch.verdict) == (1, "content_filter", Action.BLOCK)
+
+
+def test_at_a_hole_nothing_more_goes_out():
+    watch = Watch(prompt(4), both())
+    watch.advance(0, np.zeros((4, 1), np.float32), 1)
+    judged = watch.advance(4, rows(0, 0, np.nan, 9), 4)
+    assert (judged.released, judged.finish, watch.verdict) == (2, "unmonitored", Action.UNMONITORED)
+    assert dict(watch.coverage.causes) == {"not_finite": 1}

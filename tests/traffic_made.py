@@ -93,6 +93,7 @@ class World:
                     len(text),
                     (LAYER,),
                     vector.astype(np.float16)[None],
+                    0.0 if reason == "near" else q,
                 )
             )
             ids.append(request_id)

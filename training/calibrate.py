@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 from rich.console import Console
@@ -69,7 +70,9 @@ class Calibrator:
                 phases[Phase.PROMPT] = Calibration.fit(values, source, lengths=lengths)
         # Raw text has no answer in the sense of a dialogue; without a calibration a probe can only shadow it.
         if self.recipe.answers and Phase.RESPONSE in self.recipe.phases:
-            result["chat"][Phase.RESPONSE] = self._answers([r.text for r in prompts[: self.recipe.answers]])
+            # The rows lie by source: the first ones are of few.
+            some = Random(self.recipe.seed).sample(prompts, min(self.recipe.answers, len(prompts)))  # noqa: S311
+            result["chat"][Phase.RESPONSE] = self._answers([r.text for r in some])
         return {form: phases for form, phases in result.items() if phases}
 
     def _answers(self, texts: Sequence[str]) -> Calibration:

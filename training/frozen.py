@@ -14,7 +14,7 @@ from rich.console import Console
 from monitor.config import Settings
 from monitor.engines.embedded.harvest import prompt_values, residual_streams, score_streams
 from monitor.engines.embedded.model import LoadedModel, load_model
-from monitor.errors import ConfigInvalid, ProbeMismatch
+from monitor.errors import ConfigInvalid, MidstreamError, ProbeMismatch
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase, Prompt
@@ -95,7 +95,12 @@ def compare(
     noise = _noise(model, one, prompts, values)
     labels, groups = np.array([r.label for r in rows]), [r.group for r in rows]
     live = None if other is None else _values(console, model, other, prompts)
-    live_threshold = _threshold(other, target) if other is not None and other.card.calibration else None
+    live_threshold = None
+    if other is not None and other.card.calibration:
+        try:
+            live_threshold = _threshold(other, target)
+        except MidstreamError:  # it can't certify this rate, which is no reason to keep it
+            console.print(f"{_named(other)} certifies no {target:.2%}: recall is not compared")
     evidence = Evidence(labels, groups, values, threshold, target, live, live_threshold, floor, noise, textless)
     decision = decide(evidence)
     sets = {}

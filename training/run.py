@@ -18,9 +18,10 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeBank, ProbeWeights
 from monitor.template import POSITION_RULE
 from monitor.types import Phase
+from probes_store import promote as promoting
 from probes_store.calibration import rows_needed
 from probes_store.card import Canary, Card, ModelId, Platt, Threshold
-from probes_store.store import Store
+from probes_store.store import Store, model_slug
 from training.calibrate import Calibrations, Calibrator
 from training.fit import Fitted
 from training.fitting import Fitting, listed
@@ -67,8 +68,11 @@ class Trainer:
         if self.recipe.evaluate:
             metrics["evaluation"] = self._evaluate(probe, calibrations, tested)
         card = self._card(probe, fitted, calibrations, platt, thresholds, metrics)
+        # The newest version is what a store without a live.json serves: first it is written down what is live.
+        slug = model_slug(self.model.name)
+        promoting.pin(self.store, slug, self.name)
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
-        self._tell(folder, calibrations, metrics)
+        self._tell(folder, calibrations, metrics, self.store.live(slug)[self.name])
         return folder
 
     def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class Trainer:
             sha256=hashlib.sha256(b"").hexdigest(),  # the store sets it
         )
 
-    def _tell(self, folder: Path, calibrations: Calibrations, metrics: dict[str, Any]) -> None:
+    def _tell(self, folder: Path, calibrations: Calibrations, metrics: dict[str, Any], live: str) -> None:
         out = self.console.print
         for method, figures in metrics["held_out"].items():
             out(
@@ -142,11 +146,14 @@ class Trainer:
                 f"[yellow]{have} harmless rows calibrate it; blocking at {alpha:.2%} needs {rows_needed(alpha)}. Add "
                 "harmless prompts like your traffic with --data (public sets: Dolly, OASST, MT-Bench).[/]"
             )
-        phase = self.recipe.phases[0].value
-        out(
-            f"[bold]published[/] {folder}\n"
-            f"it starts in shadow; to use it: midstream serve --mode {self.name}.{phase}=flag"
-        )
+        phase, new = self.recipe.phases[0].value, folder.name
+        then = f"it starts in shadow; to use it: midstream serve --mode {self.name}.{phase}=flag"
+        if live != new:
+            then = (
+                f"{self.name} {live} stays live; to compare: midstream probe shadow {self.name} {new}, to replace it: "
+                f"midstream probe promote {self.name} {new}"
+            )
+        out(f"[bold]published[/] {folder}\n{then}")
 
 
 def canaries_of(reader: Reader, probe: ProbeWeights) -> tuple[Canary, ...]:

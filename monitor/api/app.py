@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +34,15 @@ def create_app(
     for routes in others:
         app.include_router(routes)
 
+    state_routes(app, metrics, ready, service.engine.describe)
+    return edge.around(app)
+
+
+def state_routes(
+    app: FastAPI, metrics: Metrics, ready: Callable[[], str | None], describe: Callable[[], Mapping[str, Any]]
+) -> None:
+    """What a supervisor asks: health, readiness, metrics. ready: None when the server is, else why not"""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "up"}
@@ -43,14 +53,12 @@ def create_app(
         metrics.ready.set(reason is None)
         if reason is not None:
             return JSONResponse({"status": "not ready", "reason": reason}, 503)
-        return JSONResponse({"status": "ready"} | dict(service.engine.describe()))
+        return JSONResponse({"status": "ready"} | dict(describe()))
 
     @app.get("/metrics")
     async def scraped() -> Response:
         metrics.ready.set(ready() is None)
         return Response(exposition(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return edge.around(app)
 
 
 def bare_app(metrics: Metrics) -> FastAPI:

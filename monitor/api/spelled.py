@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,44 +11,6 @@ from monitor.template import ChatTemplate
 from monitor.traffic.redact import PATTERNS
 
 _STRUCK_OUT = re.compile("|".join(re.escape(f"[{name}]") for name in {p.name for p in PATTERNS}))
-
-
-def turns_of(prompt: Any, choice: int, n_choices: int) -> list[dict[str, str]]:
-    """{role, content} of what a client sent, on any route; role "" where the text is no conversation.
-
-    choice, n_choices: of a list of prompts each has as many choices as the others
-    """
-    if not isinstance(prompt, Mapping):
-        return []
-    turns = [{"role": "system", "content": _text(prompt[n])} for n in ("system", "instructions") if prompt.get(n)]
-    if isinstance(prompt.get("messages"), list):
-        return turns + [_turn(m) for m in prompt["messages"]]
-    given = next((prompt[n] for n in ("prompt", "input", "texts") if prompt.get(n)), None)
-    if isinstance(given, list) and given and all(isinstance(m, Mapping) and "role" in m for m in given):
-        return turns + [_turn(m) for m in given]
-    if isinstance(given, list) and given and all(isinstance(text, str) for text in given):
-        given = given[min(choice * len(given) // max(1, n_choices), len(given) - 1)]
-    return turns if given is None else [*turns, {"role": "user" if turns else "", "content": _text(given)}]
-
-
-def _turn(message: Any) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        return {"role": "", "content": _text(message)}
-    return {"role": str(message.get("role", "")), "content": _text(message.get("content"))}
-
-
-def _text(content: Any) -> str:
-    """Text parts as they are, whatever else as JSON."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, list) and content and all(isinstance(part, Mapping) and _part(part) for part in content):
-        return "\n".join(_part(part) for part in content)
-    return json.dumps(content, ensure_ascii=False)
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    text = part.get("text")
-    return text if isinstance(text, str) else ""
 
 
 def is_struck_out(text: str) -> bool:

@@ -35,7 +35,8 @@ def evaluate(
 ) -> None:
     """Report on a probe: every set at one global threshold, with intervals, floors, attacks and long texts.
 
-    Sets that are for evaluation only are read here and by no other command. A quarter of an hour on two cores.
+    Sets that are for evaluation only are never fitted, chosen or calibrated on; beside this command they are read by
+    `train` for its card, by `gate` and `experiment`, and by `lint` to find overlap. A quarter of an hour on two cores.
     """
     from training.report.made import Options  # torch and scikit-learn, which no other command waits for
     from training.report.made import evaluate as run

@@ -38,6 +38,9 @@ def promote(
     other_model: Annotated[
         bool, typer.Option("--other-model", help="The model was changed: don't compare with the live version's.")
     ] = False,
+    fewer_phases: Annotated[
+        bool, typer.Option("--fewer-phases", help="It may only shadow what it is not calibrated for.")
+    ] = False,
     model: Model = None,
     config: Config = None,
     store: Folder = None,
@@ -48,7 +51,7 @@ def promote(
 
     shelf, slug = shelf_of(model, config, store)
     with _audited(config, f"promote {name} {version}"):
-        _chosen(promoting.promote(shelf, slug, name, version, other_model), as_json)
+        _chosen(promoting.promote(shelf, slug, name, version, other_model, fewer=fewer_phases), as_json)
 
 
 def shadow(

@@ -53,7 +53,8 @@ def erase_some(
 ) -> None:
     """Erase records with their readings, labels, texts and features: the bytes in the files too. There is no way back.
 
-    A server may be running: what it has not written yet finds no record any more, and is dropped.
+    With a running server use `POST /admin/erase`, which comes after what is queued there: records that it has not
+    written yet come in after this command.
     """
     if [key is not None, request_id is not None, texts].count(True) != 1:
         raise ConfigInvalid("erase what? Give one of --key NAME, --id REQUEST_ID or --texts")

@@ -40,10 +40,11 @@ def retrain(
     config: Annotated[str | None, typer.Option(help="YAML settings file.")] = None,
     store: Annotated[str | None, typer.Option(help="Folder of your own probes.")] = None,
 ) -> None:
-    """Go on from a probe with what people labelled since its newest version, and publish a candidate.
+    """Go on from the live version with the labels that it has not seen. Whatever the gate says, but for DEGRADED, the
+    result is published and is the candidate: read in shadow, promoted by nobody but you.
 
     Exit codes, as `midstream gate`: 0 PASS, 10 THRESHOLD STALE, 11 DEGRADED (then nothing is published),
-    12 INCONCLUSIVE, 2 if there is nothing to train on.
+    12 INCONCLUSIVE, 2 if there is nothing to train on. With --schedule it stays, and prints what became of each.
     """
     from pathlib import Path
 

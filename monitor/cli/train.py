@@ -28,7 +28,11 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder to publish into.")] = None,
 ) -> None:
-    """Train a probe on labelled texts, calibrate it, and publish it to the store. It starts in shadow."""
+    """Train a probe on labelled texts, calibrate it, and publish it to the store. A new name starts in shadow; of a
+    name that is there already it is a new version, and the one that is live stays live.
+
+    With --recipe, --data names the folder of its files, and --layer, --epochs and --answers are the recipe's.
+    """
     from training.run import train as run
 
     settings = load_settings(config, model=model, store=store)

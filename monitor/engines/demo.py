@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from monitor.engines.cached import appearing, file_sha256
 from monitor.errors import ConfigInvalid, ModelUnsupported
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MANIFEST = "midstream.json"
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def demo_model(cache: Path) -> Path:
@@ -60,24 +51,8 @@ def _convert(source: Path, folder: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-    try:
+    about = {"name": NAME, "fingerprint": f"gguf-sha256:{GGUF_SHA256}", "quantization": "Q4_1, dequantised"}
+    with appearing(folder, MANIFEST, about) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        manifest = {
-            "name": NAME,
-            "fingerprint": f"gguf-sha256:{GGUF_SHA256}",
-            "quantization": "Q4_1, dequantised",
-            "files": {p.name: file_sha256(p) for p in sorted(scratch.iterdir())},
-        }
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        scratch.chmod(0o755)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not (folder / MANIFEST).exists():  # otherwise another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     print("midstream: converted.", file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from monitor.config import DEMO_MODEL
-from monitor.engines.demo import MANIFEST, demo_model, file_sha256
+from monitor.engines.cached import file_sha256
+from monitor.engines.demo import MANIFEST, demo_model
 from monitor.errors import ConfigInvalid, ModelUnsupported
 
 _EDGE_BYTES = 1 << 20

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +14,7 @@ from typing import Any
 
 import torch
 
-from monitor.engines.demo import file_sha256
+from monitor.engines.cached import appearing, file_sha256
 from monitor.engines.embedded.model import LoadedModel
 from monitor.errors import ConfigInvalid, ModelUnsupported, ProbeInvalid
 from monitor.live import LiveProbes, ServedModel
@@ -95,26 +92,13 @@ def build(model: LoadedModel, live: LiveProbes, cache: Path, int8: bool = False)
     if (folder / MANIFEST).exists():
         return read(folder, made_of)
     shape = _shape(model, live.bank)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-    try:
+    with appearing(folder, MANIFEST, {"made_of": made_of, "shape": asdict(shape)}) as scratch:
         if int8:
             from monitor.observer.quantize import quantize
 
             quantize(build(model, live, cache).graph, scratch / GRAPH)
         else:
             export(model, live.bank, shape, scratch / GRAPH)
-        files = {p.name: file_sha256(p) for p in sorted(scratch.iterdir())}
-        manifest = {"made_of": made_of, "shape": asdict(shape), "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        scratch.chmod(0o755)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not (folder / MANIFEST).exists():  # otherwise another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return read(folder, made_of)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 
-from monitor.errors import ConfigInvalid
 from monitor.policy.file import SecondPolicy
 
 Answered = Callable[[float | None], None]
@@ -18,7 +17,6 @@ _WORKERS, _WAITING = 8, 64
 _CHARS = 32_000  # of the conversation; of a longer one both ends
 _CLIP = 0.01  # an endpoint's probability says no more than this
 _TOP = 10
-_UNREADABLE = (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError, AttributeError, ConfigInvalid)
 
 
 class Asker:
@@ -48,9 +46,10 @@ class Asker:
 
         def work() -> None:
             try:
-                once(self._logit(how, conversation()))
-            except _UNREADABLE:
-                once(None)  # no answer, or none that can be read: a `failed` escalation in the record
+                if not once.done:  # the deadline may have passed before a worker was free
+                    once(self._logit(how, conversation()))
+            except Exception:  # whatever an endpoint can make fail: a `failed` escalation in the record
+                once(None)
             finally:
                 timer.cancel()
 
@@ -95,6 +94,10 @@ class _Once:
     def __init__(self, answered: Answered, closed: Callable[[], None]) -> None:
         self._answered, self._closed = answered, closed
         self._first = threading.Lock()
+
+    @property
+    def done(self) -> bool:
+        return self._first.locked()
 
     def __call__(self, logit: float | None) -> None:
         if self._first.acquire(blocking=False):

@@ -9,16 +9,18 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, func, select, 
 
 from monitor.errors import ConfigInvalid
 from monitor.traffic.database import Where, engine_of, opened, told
-from monitor.traffic.tables import meta, readings, records, said
+from monitor.traffic.tables import labels, meta, readings, records, said
 
 CHUNK = 1000
 DAY_S = 86_400.0
 
 
 def keep_newest(connection: Connection, keep: int) -> None:
-    """At most CHUNK of the records beyond `keep` go; called with every batch, which is smaller."""
+    """At most CHUNK of the records beyond `keep` go; called with every batch, which is smaller. What somebody has
+    labelled stays, until it is too old: a training may not have seen it yet."""
     newest = select(func.max(records.c.id)).scalar_subquery()
-    _delete(connection, records.c.id <= newest - keep)
+    labelled = select(labels.c.id).where(labels.c.record == records.c.id).exists()
+    _delete(connection, (records.c.id <= newest - keep) & ~labelled)
 
 
 def drop_older(connection: Connection, created: float) -> int:

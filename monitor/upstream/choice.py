@@ -233,6 +233,7 @@ class Choice:
         """Wait for the second judge, who answers within a deadline."""
         self._ask()
         while self.watch.question is not None:
+            self._settled.clear()  # an answer to an earlier question, which came too late, may have set it
             await self._settled.wait()
             self._ask()
 

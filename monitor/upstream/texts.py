@@ -85,3 +85,30 @@ def strip_calls(part: dict[str, Any]) -> None:
     """A tool must not run on half a call."""
     for name in _CALLS:
         part.pop(name, None)
+
+
+def worded(part: dict[str, Any]) -> dict[str, Any]:
+    """What of a message or a delta is words, or says whose they are; numbers may spell what has been cut."""
+    return {k: v for k, v in part.items() if v is None or k in _NOT_TEXT - {"logprobs"} or _speaks(v)}
+
+
+def _speaks(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_speaks, value.values()))
+    return any(map(_speaks, value)) if isinstance(value, list) else isinstance(value, str)
+
+
+def unspell(value: Any) -> bool:
+    """Empty every list of logprobs whose tokens are not the text or the delta beside it; True if there was one."""
+    found = False
+    if isinstance(value, dict):
+        logprobs, said = value.get("logprobs"), value.get("delta", value.get("text"))
+        if isinstance(logprobs, list) and logprobs:
+            spelled = "".join(str(one.get("token")) if isinstance(one, dict) else str(one) for one in logprobs)
+            if spelled != said:
+                value["logprobs"], found = [], True
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            found = unspell(one) or found
+    return found

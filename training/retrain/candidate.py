@@ -20,7 +20,7 @@ from probes_store.moments import Moments
 from probes_store.store import StoredProbe
 from training.calibrate import MIN_ROWS, TARGETS
 from training.evaluate import separation
-from training.fit import Array, Fitted, Scaler, balanced, fit_platt
+from training.fit import Array, Fitted, Scaler, fit_platt
 from training.retrain.posterior import curvature, discriminant, fit_posterior, from_moments
 
 STRENGTH = 1.0
@@ -116,6 +116,7 @@ def make(
     target: false-positive rate of prompts. raises: ConfigInvalid if a label is missing
     """
     kept = weights > 0
+    copies = x[~kept & (y == 0) & sampled]
     x, y, weights, sampled = x[kept], y[kept], weights[kept], sampled[kept]
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not (y == label).any():
@@ -124,13 +125,14 @@ def make(
     fitted = _fit(start, layers, x, y, weights)
     by_layer = fitted.weight.reshape(len(layers), card.d_model)
     parts = {layer: torch.from_numpy(w.copy()).float() for layer, w in zip(layers, by_layer, strict=True)}
-    unseen, held_out, platt = _held_out(start, layers, x, y, weights)
-    # What was fitted on is read by fits without it. What people called harmless is cleaner than what nobody looked at:
+    unseen, held_out, platt, fits = _held_out(start, layers, x, y, weights)
+    # What was fitted on is read by fits without it; a copy, which one of them has seen, by the one that says most. With
+    # too few rows for that, none of them counts. What people called harmless is cleaner than what nobody looked at:
     # where there is enough of it, it is calibrated on alone.
-    fits = fitted.logits(x) if np.isnan(unseen).all() else unseen
-    called = fits[(y == 0) & sampled]
+    called = np.concatenate([unseen[(y == 0) & sampled], *([_most(fits, copies)] if fits else [])])
+    called = called[~np.isnan(called)]
     values, source = np.concatenate([everyday @ fitted.weight + fitted.bias, called]), _EVERYDAY
-    if len(called) * target >= _TIGHT and fits is unseen:
+    if len(called) * target >= _TIGHT:
         values, source = called, _CALLED
     calibration, thresholds = _calibrated(values.tolist(), source)
     own = Base.of(x.reshape(len(x), len(layers), card.d_model), layers, y)
@@ -139,7 +141,7 @@ def make(
     return Made(
         ProbeWeights(card.name, parts, fitted.bias),
         fitted,
-        start.base + own if start.known else own,
+        start.base + own,
         {"prompt": Aggregation("mean"), "response": response},
         calibration,
         thresholds,
@@ -150,10 +152,11 @@ def make(
 
 
 def _fit(start: Start, layers: Sequence[int], x: Array, y: npt.NDArray[np.int64], weights: Array) -> Fitted:
-    """Both labels weigh the same, in the base and in the traffic, as in every other fit of ours."""
+    """Both labels weigh the same in the base; what a row of traffic weighs is decided (`weighing`): balanced once more,
+    one tenant's rows would outgrow their share."""
     half = STRENGTH * start.rows / 2
     precision = curvature(start.base, layers, start.weight, start.bias, (half, half))
-    return fit_posterior(x, y, balanced(y, weights), (start.weight, start.bias), precision)
+    return fit_posterior(x, y, weights, (start.weight, start.bias), precision)
 
 
 def _calibrated(
@@ -172,18 +175,20 @@ def _calibrated(
 
 def _held_out(
     start: Start, layers: Sequence[int], x: Array, y: npt.NDArray[np.int64], weights: Array
-) -> tuple[Array, dict[str, Any], Platt | None]:
-    """The value of each row by one of five fits, each without a fifth of them; NaN with too few of a label."""
+) -> tuple[Array, dict[str, Any], Platt | None, list[Fitted]]:
+    """The value of each row by one of five fits, each without a fifth of them; NaN, and none, with too few of a
+    label. The fits come last."""
     if min((y == 0).sum(), (y == 1).sum()) < _EACH:
-        return np.full(len(y), np.nan), {}, None
+        return np.full(len(y), np.nan), {}, None, []
     random, fold = np.random.default_rng(0), np.zeros(len(y), dtype=np.int64)
     for label in (0, 1):
         mine = np.flatnonzero(y == label)
         fold[random.permutation(mine)] = np.arange(len(mine)) % _FOLDS
-    values = np.zeros(len(y))
+    values, fits = np.zeros(len(y)), list[Fitted]()
     for k in range(_FOLDS):
         inside = fold != k
-        values[~inside] = _fit(start, layers, x[inside], y[inside], weights[inside]).logits(x[~inside])
+        fits.append(_fit(start, layers, x[inside], y[inside], weights[inside]))
+        values[~inside] = fits[-1].logits(x[~inside])
     before = x @ start.weight + start.bias
     figures = {
         name: separation(v[y == 1].tolist(), v[y == 0].tolist())
@@ -191,4 +196,8 @@ def _held_out(
     }
     slope, intercept = fit_platt(values, y)
     platt = Platt(slope=slope, intercept=intercept, n=len(y), positive=int(y.sum())) if slope > 0 else None
-    return values, figures, platt
+    return values, figures, platt, fits
+
+
+def _most(fits: Sequence[Fitted], x: Array) -> Array:
+    return np.asarray(np.max([fit.logits(x) for fit in fits], axis=0))

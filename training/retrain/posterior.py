@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from monitor.errors import ConfigInvalid
 from probes_store.base import LABELS, Base
 from probes_store.moments import Moments
 from training.fit import Array, Fitted
@@ -85,7 +86,7 @@ def fit_posterior(
 ) -> Fitted:
     """The mode, by Newton's method with halved steps. x: (n, p); prior: weight (p,) and bias; precision: (p + 1, p + 1)
 
-    weights: of the rows. raises: ValueError if it does not converge, or the precision is singular
+    weights: of the rows. raises: ConfigInvalid if it does not converge, or the precision is singular
     """
     rows = np.concatenate([np.asarray(x, np.float64), np.ones((len(x), 1))], axis=1)
     centre = np.append(prior[0], prior[1])
@@ -100,7 +101,9 @@ def fit_posterior(
         try:
             factor = np.linalg.cholesky(hessian)
         except np.linalg.LinAlgError as error:
-            raise ValueError("the base gives no precision for the prior") from error
+            raise ConfigInvalid(
+                "the base of the probe gives no precision to go on from; train it again with midstream train"
+            ) from error
         move = np.linalg.solve(factor.T, np.linalg.solve(factor, gradient))
         if float(gradient @ move) < _NEAR * max(1.0, loss):
             details: dict[str, float | int] = {"iterations": step, "rows": len(x)}
@@ -109,7 +112,7 @@ def fit_posterior(
         while (new := _loss(rows, y, weights, theta - length * move, centre, precision)) > loss and length > 1e-6:
             length /= 2
         theta, loss = theta - length * move, new
-    raise ValueError(f"the fit did not converge in {_STEPS} steps")
+    raise ConfigInvalid(f"the fit did not converge in {_STEPS} steps: look at the labels, or train it anew")
 
 
 def _loss(

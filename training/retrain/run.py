@@ -18,6 +18,7 @@ from monitor import __version__
 from monitor.config import Settings
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.errors import ConfigInvalid
+from monitor.types import Phase
 from probes_store import promote as promoting
 from probes_store.card import Card, DataFile
 from probes_store.store import Store, StoredProbe, model_slug
@@ -26,10 +27,11 @@ from training.fit import Array
 from training.frozen import Report, compare, frozen_rows, must_match
 from training.gate import EXIT_CODE, Verdict
 from training.load import read_rows, stem
+from training.retrain.beside import Beside, widened
 from training.retrain.candidate import Made, Start, make, start_of
-from training.retrain.said import read_said
+from training.retrain.said import all_said, read_said
 from training.retrain.traffic import Rows, Traffic, read_traffic
-from training.retrain.weighing import Weighed, leaked, weigh
+from training.retrain.weighing import Weighed, alike, leaked, weigh
 from training.run import canaries_of
 from training.texts import Reader
 
@@ -77,6 +79,8 @@ class Retrainer:
         made, counts, files = self._make(live, traffic, reader, frozen)
         card = self._card(live, made, traffic, counts, reader, files)
         report, verdict = self._judged(model, live, card, made, frozen, described)
+        if verdict is not Verdict.DEGRADED and not made.needed:
+            card = self._wide(live, card, made, reader, frozen)
         return self._publish(live, card, made, report, verdict)
 
     def _live(self) -> StoredProbe:
@@ -102,7 +106,8 @@ class Retrainer:
         self, live: StoredProbe, traffic: Traffic, reader: Reader, frozen: Sequence[Row]
     ) -> tuple[Made, dict[str, Any], list[DataFile]]:
         said, unread = read_said(self.settings, traffic.unread, reader, live.card, self.console)
-        rows = _joined(traffic.rows, said)
+        whole = np.where(all_said(self.settings, traffic.rows.ids), 1.0, traffic.rows.q)
+        rows = _joined(replace(traffic.rows, q=whole), said)
         called = rows.sampled & (rows.y == 0)
         start = start_of(live, np.concatenate([traffic.everyday, rows.x[called]]))
         weighed = self._weighed(rows, start)
@@ -114,8 +119,9 @@ class Retrainer:
             more, described = self._data(file, frozen)
             files.append(described)
             x = np.concatenate([x, _features(reader, more, live.card)])
-            y = np.concatenate([y, np.array([r.label for r in more], dtype=np.int64)])
-            weights = np.concatenate([weights, np.ones(len(more))])
+            labels = np.array([r.label for r in more], dtype=np.int64)
+            y = np.concatenate([y, labels])
+            weights = np.concatenate([weights, alike(labels, np.ones(len(more)))])
             sampled = np.concatenate([sampled, np.zeros(len(more), dtype=bool)])
         counts = {
             "labels": len(rows.y),
@@ -128,11 +134,11 @@ class Retrainer:
             "torn": weighed.torn,
             "in_frozen": int(dropped.sum()),
             "tenants": len(set(rows.tenants)),
-            "capped": list(weighed.capped),
+            "capped": len(weighed.capped),  # their names are in the audit log; a card may be shared
             "everyday": len(traffic.everyday) + int(called.sum()),
             "data_rows": len(y) - len(rows.y),
         }
-        self._say(", ".join(f"{name} {value}" for name, value in counts.items() if name != "capped"))
+        self._say(", ".join(f"{name} {value}" for name, value in counts.items()))
         if weighed.capped:
             self._say(f"held to their share: {', '.join(name or '(no key)' for name in weighed.capped)}")
         return make(live, start, x, y, weights, sampled, traffic.everyday, self.asked.target), counts, files
@@ -205,6 +211,17 @@ class Retrainer:
         self._say(f"gate: {report.decision.verdict} against {live.card.version} on {len(frozen)} frozen rows")
         return _told(report, live.card.version), report.decision.verdict
 
+    def _wide(self, live: StoredProbe, card: Card, made: Made, reader: Reader, frozen: Sequence[Row]) -> Card:
+        """Calibrated for answers and completions as well, where there are rows for that."""
+        rows = [*frozen, *(r for file in self.asked.data for r in self._data(file, frozen)[0])]
+        texts = list(dict.fromkeys(r.text for r in rows if r.label == 0 and not r.answer))
+        aggregation = {Phase(phase): how for phase, how in made.aggregation.items()}
+        beside = Beside(reader, made.probe, aggregation, self.settings, self.asked.target, self.console)
+        found, missing = beside.calibrate(live.card, texts)
+        if missing:
+            self._say(f"answers or completions would only be shadowed: {missing}")
+        return widened(card, found)
+
     def _publish(
         self, live: StoredProbe, card: Card, made: Made, report: dict[str, Any] | None, verdict: Verdict
     ) -> int:
@@ -217,14 +234,29 @@ class Retrainer:
         folder = self.store.publish(card, made.probe.weight, made.probe.bias, made.base.dump())
         version = folder.name
         sha256 = self.store.load(self.slug, self.asked.probe, version).card.sha256
-        self._say(f"published {version}, sha256 {sha256[:16]}; answers are shadowed until they are calibrated")
-        if self.asked.promote and verdict is Verdict.PASS:
-            promoting.promote(self.store, self.slug, self.asked.probe, version)
-            self._say(f"promoted {version}, as --promote-if-pass says")
-        else:
-            promoting.shadow(self.store, self.slug, self.asked.probe, version)
-            self._say(f"{version} is the candidate: servers read it in shadow beside {live.card.version}")
+        self._say(f"published {version}, sha256 {sha256[:16]}")
+        if self.asked.promote and verdict is Verdict.PASS and self._promoted(version, live.card.version):
+            return EXIT_CODE[verdict]
+        self._shadowed(version, live.card.version)
         return EXIT_CODE[verdict]
+
+    def _promoted(self, version: str, before: str) -> bool:
+        """False, and said why, if it may only be a candidate: it covers less, or another version is live by now."""
+        try:
+            promoting.promote(self.store, self.slug, self.asked.probe, version, instead_of=before)
+        except ConfigInvalid as error:
+            self._say(f"not promoted: {error}")
+            return False
+        self._say(f"promoted {version}, as --promote-if-pass says")
+        return True
+
+    def _shadowed(self, version: str, before: str) -> None:
+        try:
+            promoting.shadow(self.store, self.slug, self.asked.probe, version, instead_of=before)
+        except ConfigInvalid as error:  # it is published, and whoever has changed what is live may choose
+            self._say(f"{version} is no candidate: {error}")
+            return
+        self._say(f"{version} is the candidate: servers read it in shadow beside {before}")
 
     def _say(self, what: str) -> None:
         line = f"retrain {self.asked.probe}: {what}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from monitor.config import Settings
@@ -14,10 +14,11 @@ from monitor.errors import RequestInvalid
 from monitor.traffic import Cipher, find_said
 from monitor.traffic.labelled import Labelled
 from monitor.traffic.review import Label
+from monitor.traffic.turns import turns_of
 from monitor.types import Prompt
 from probes_store.card import Card
 from training.progress import progress
-from training.retrain.traffic import Rows
+from training.retrain.traffic import Id, Rows
 from training.texts import Reader
 
 
@@ -29,10 +30,11 @@ def read_said(
     if settings.log_key is not None:
         cipher = Cipher(settings.log_key)
         for one in labelled:
-            said = find_said(settings.log, one.request_id, cipher).get(one.choice)
-            prompt = None if said is None else _prompt(reader, said["prompt"])
-            if prompt is not None:
-                found.append((one, prompt))
+            said = find_said(settings.log, one.request_id, cipher)
+            if one.choice in said:
+                turns = turns_of(said[one.choice]["prompt"], one.choice, len(said))
+                if (prompt := _prompt(reader, turns)) is not None:
+                    found.append((one, prompt))
     x = np.zeros((len(found), len(card.layers), card.d_model))
     if found:
         prompts = [prompt for _, prompt in found]
@@ -52,12 +54,20 @@ def read_said(
     return rows, len(labelled) - len(found)
 
 
-def _prompt(reader: Reader, prompt: Any) -> Prompt | None:
-    """None for what is no conversation, or too long for the model."""
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
-        return None
+def all_said(settings: Settings, ids: Sequence[Id]) -> npt.NDArray[np.bool_]:
+    """(n,): whether a labelled request would have been read without features too, so that no chance chose it."""
+    if settings.log_key is None or not settings.log_text:
+        return np.zeros(len(ids), dtype=bool)
+    cipher = Cipher(settings.log_key)
+    return np.array([choice in find_said(settings.log, request, cipher) for request, choice in ids], dtype=bool)
+
+
+def _prompt(reader: Reader, turns: Sequence[dict[str, str]]) -> Prompt | None:
+    """None for what the template refuses, or is too long for the model."""
+    template = reader.model.template
     try:
-        read = reader.model.template.encode(prompt)
+        alone = len(turns) == 1 and not turns[0]["role"]
+        read = template.raw(turns[0]["content"]) if alone else template.encode(turns)
     except RequestInvalid:
         return None
     return read if read.turns and len(read.token_ids) <= reader.model.max_model_len else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,8 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """rows: labelled; everyday: (m, n_layers * d_model) of a uniform slice of all requests, those that nobody has
-    labelled, or called harmless in an earlier round; until: the newest label's time; unread: labelled requests without
-    features; strange: features of another model or template"""
+    labelled, or called harmless before the version in service was made; until: the newest label's time; unread:
+    labelled requests without features; strange: features of another model or template"""
 
     rows: Rows
     everyday: Array
@@ -60,14 +60,15 @@ class Traffic:
 def read_traffic(
     log: Where, features: Path, card: Card, since: float, clock: Callable[[], float] = time.time
 ) -> Traffic:
-    """What has come since a time. A label whose request may still be on its way into the features waits for the next
-    time, with all that came after it: so none is lost, and none counts twice.
+    """What the version in service has not seen. A label whose request may still be on its way into the features waits
+    for the next time, with all that came after it: so none is lost, and none counts twice.
 
-    clock: seconds since the epoch
+    card: of the version that is gone on from; since: what the newest version has seen, which may be a candidate: there
+    must be a label that it has not. clock: seconds since the epoch
     raises: ConfigInvalid if there is no log, no features, or no label since then
     """
-    labels = labelled_since(log, since)
-    if not labels:
+    labels = labelled_since(log, card.seen_until)
+    if not any(one.labelled > since for one in labels):
         raise ConfigInvalid("nothing was labelled since the newest version; label some requests: midstream review")
     prompts, strange = _of_model(read_features(features, layers=card.layers), card)
     kept, young = {(f.request_id, f.choice) for f in prompts}, clock() - YOUNG_S
@@ -95,21 +96,15 @@ def read_traffic(
     unread = tuple(one for one in labels if (one.request_id, one.choice) not in known)
     harmful = {(one.request_id, one.choice) for one in labelled_since(log, 0.0) if one.label is Label.HARMFUL}
     everyday = [f for f in whole if (f.request_id, f.choice) not in harmful | known]
-    recent = [f for f in everyday if f.created >= since]
-    return Traffic(rows, stacked(recent, card), max(one.labelled for one in labels), unread, strange)
+    return Traffic(rows, stacked(everyday, card), max(one.labelled for one in labels), unread, strange)
 
 
 def uniform(features: Sequence[Feature]) -> list[Feature]:
-    """Features that every request had the same chance to leave.
-
-    Of those that were not flagged the log marks them. Every flagged one is kept, so as many are taken as that chance
-    says, by a hash of their names: without them the highest values would be missing from a calibration.
-    """
-    rates = [f.q for f in features if f.reason == "uniform"]
-    if not rates:
-        return []
-    rate = min(rates)
-    return [f for f in features if f.reason == "uniform" or (f.reason == "flagged" and _draw(f) < rate)]
+    """Features that every request had the same chance to leave, flagged or not: without flagged ones the highest values
+    would be missing from a calibration. Where that chance was changed in the meantime, the smallest one holds: of the
+    others as many are taken as it says, by a hash of their names."""
+    rates = [f.rate for f in features if f.rate > 0]
+    return [f for f in features if f.rate > 0 and _draw(f) < min(rates) / f.rate]
 
 
 def _draw(feature: Feature) -> float:
@@ -130,13 +125,3 @@ def _of_model(features: Sequence[Feature], card: Card) -> tuple[list[Feature], i
     prompts = [f for f in features if f.phase is Phase.PROMPT]
     fit = [f for f in prompts if (f.fingerprint, f.template_hash[:16], f.position_rule) == wanted]
     return fit, len(prompts) - len(fit)
-
-
-def count_uniform(features: Path, card: Card, since: float) -> int:
-    """Rows since a time that a threshold could be calibrated on. raises: ConfigInvalid if there is no such folder"""
-    fit, _ = _of_model(read_features(features, since, card.layers), card)
-    return len(uniform(fit))
-
-
-def by_tenant(rows: Rows) -> Mapping[str, int]:
-    return {name: rows.tenants.count(name) for name in sorted(set(rows.tenants))}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from training.fit import Array, Scaler
+from training.fit import Array, Scaler, balanced
 
 CLIP = 20.0
 """Of 1/q, relative to the smallest: one rare row may not be worth more than so many others."""
@@ -39,8 +39,9 @@ def weigh(
     """x: (n, p) features; q: (n,) the probability that each was kept with; scaler: of the base or of other traffic
 
     Horvitz and Thompson's weights, clipped, with mean 1 over the rows that count, so that they are worth as much
-    evidence as they are rows. Then no tenant weighs more than `share` of the labels; with fewer than twice the tenants
-    that this takes (of two, one always has half), no more than `share` of base and labels together.
+    evidence as they are rows, and both labels alike. Then, last, no tenant weighs more than `share` of the labels; with
+    fewer than twice the tenants that this takes (of two, one always has half), no more than `share` of base and labels
+    together.
     """
     group, n_groups = _copies(scaler(x))
     weights, torn = np.zeros(len(y)), 0
@@ -53,9 +54,16 @@ def weigh(
     counts = weights > 0
     if counts.any():
         weights[counts] = np.minimum(weights[counts], CLIP * weights[counts].min())
-        weights /= weights[counts].mean()
+        weights[counts] = alike(y[counts], weights[counts])
     capped = _cap(weights, tenants, share, base_rows)
     return Weighed(weights, len(y) - n_groups, torn, capped)
+
+
+def alike(y: npt.NDArray[np.int64], weights: Array) -> Array:
+    """Weights with mean 1, each label's with the same sum where both are there."""
+    if len(set(y.tolist())) > 1:
+        return balanced(y, weights)
+    return np.asarray(weights / weights.mean())
 
 
 def _copies(x: Array) -> tuple[npt.NDArray[np.int64], int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from monitor.api.admin.feed import Feed
 from monitor.api.admin.lensing import Lensing
-from monitor.api.spelled import spell_answer, spell_prompt, turns_of
+from monitor.api.spelled import spell_answer, spell_prompt
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid
 from monitor.template import ChatTemplate
@@ -27,6 +27,7 @@ from monitor.traffic import (
 )
 from monitor.traffic.labelling import listed, newest_labels, only_choice, request_key, signed
 from monitor.traffic.nearest import nearest_queue, threshold_of
+from monitor.traffic.turns import turns_of
 
 
 @dataclass(frozen=True, slots=True)

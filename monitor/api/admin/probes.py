@@ -26,7 +26,7 @@ class Changes(Protocol):
 
     async def follow(self) -> None: ...
 
-    async def promote(self, probe: str, version: str) -> Choice: ...
+    async def promote(self, probe: str, version: str, fewer: bool = False) -> Choice: ...
 
     async def rollback(self, probe: str) -> Choice: ...
 
@@ -64,6 +64,8 @@ class PromoteRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: Version
+    fewer_phases: bool = False
+    """It may only shadow what it is not calibrated for and the one before is."""
 
 
 class RollbackRequest(BaseModel):
@@ -91,7 +93,7 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
 
     @app.post("/admin/probes/{name}/promote")
     async def promote(name: Name, body: PromoteRequest) -> Response:
-        return _live(await _done(changes.promote(name, body.version)))
+        return _live(await _done(changes.promote(name, body.version, body.fewer_phases)))
 
     @app.post("/admin/probes/{name}/rollback")
     async def rollback(name: Name, body: RollbackRequest) -> Response:

@@ -50,7 +50,7 @@ class Shelf:
                     "previous": chosen.get(f"{self._slug}/{name}{PREVIOUS}"),
                     "candidate": candidates.get(name),
                     "backlog": len(self._labels(since)),
-                    "needed": self.needed(since),
+                    "needed": self.needed(),
                     "thresholds": [_standing(s) for s in standings if s.probe == name],
                     "versions": versions,
                 }
@@ -66,17 +66,17 @@ class Shelf:
                 continue  # a damaged version has seen nothing that anybody could tell
         return 0.0
 
-    def needed(self, since: float) -> int:
+    def needed(self) -> int:
         """Rows of the uniform slice that a threshold at the target rate still lacks, or people's labels of them."""
         try:
-            have = math.floor(self._rate * count_since(self._log, since)) if self._rate else 0
+            have = math.floor(self._rate * count_since(self._log, 0.0)) if self._rate else 0
         except MidstreamError:  # no log yet
             have = 0
         return max(0, rows_needed(self._target) - have)
 
     def needs(self) -> dict[str, int]:
         """`needed`, by probe of harm. raises: ConfigInvalid if live.json is damaged"""
-        return {name: self.needed(self.since(name)) for name in self._store.live(self._slug)}
+        return dict.fromkeys(self._store.live(self._slug), self.needed())
 
     def _labels(self, since: float) -> Sequence[Labelled]:
         try:

@@ -92,9 +92,11 @@ class Swap:
 
     # --- what an operator asks for -----------------------------------------------------------------------------------
 
-    async def promote(self, probe: str, version: str) -> Choice:
+    async def promote(self, probe: str, version: str, fewer: bool = False) -> Choice:
         """Served first, then written: what does not verify is in no file. raises: MidstreamError"""
-        return await self._edit(lambda tried: promoting.promote(self.store, self.slug, probe, version, tried=tried))
+        return await self._edit(
+            lambda tried: promoting.promote(self.store, self.slug, probe, version, tried=tried, fewer=fewer)
+        )
 
     async def rollback(self, probe: str) -> Choice:
         """raises: MidstreamError"""

@@ -26,6 +26,8 @@ _CONTROL = frozenset(
 """Fields whose strings are no text for the model."""
 _LABELS = frozenset({"role", "type", "id", "call_id", "tool_call_id", "item_id", "status", "format"})
 _MAX_LABEL = 64
+_READ: Mapping[str, Sequence[str]] = {CHAT: ("messages",), RESPONSES: ("input", "instructions")}
+"""What `_conversation` reads on a route. There a field of the other one's is like any that is not known: words."""
 _ELSEWHERE: Mapping[str, Sequence[str]] = {
     CHAT: (),
     COMPLETIONS: (),
@@ -92,7 +94,7 @@ def asked(path: str, body: Mapping[str, Any], template: ChatTemplate, settings: 
         prompts = [template.raw(_joined([*_extra(body, "prompt"), p])) for p in _texts_of(body, "prompt", settings)]
     else:
         messages = _conversation(path, body)
-        prompts = [template.encode(_with_system(messages, _extra(body, "messages", "input", "instructions")))]
+        prompts = [template.encode(_with_system(messages, _extra(body, *_READ[path])))]
     options = body.get("stream_options")
     usage = isinstance(options, dict) and options.get("include_usage") is True
     return Asked(model, stream is True, usage, n, tuple(prompts))

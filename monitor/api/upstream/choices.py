@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,18 +11,21 @@ from monitor.api.upstream.wire import FILTERED, Json, Piece, Plain, Wire, expect
 from monitor.api.verdicts import answer_annotation
 from monitor.upstream.choice import Choice
 from monitor.upstream.sse import frame
-from monitor.upstream.texts import Text, cut, strip_calls, texts
+from monitor.upstream.texts import Text, cut, strip_calls, texts, worded
 
 
 class Part:
     """One choice in one chunk, or in a whole answer.
 
-    texts: each with its place in the choice's text; end: place where the last one ends; finish: the upstream's reason
+    where: the field that its texts stand in; texts: each with its place in the choice's text; end: place where the last
+    one ends; finish: the upstream's reason
     dropped: text or an ending that came after the choice had ended
     """
 
-    def __init__(self, choice: Choice, data: Json, found: list[tuple[Text, int]], dropped: bool) -> None:
-        self.choice, self.data, self.texts, self.dropped = choice, data, found, dropped
+    def __init__(
+        self, choice: Choice, data: Json, where: str, found: list[tuple[Text, int]], dropped: bool = False
+    ) -> None:
+        self.choice, self.data, self.where, self.texts, self.dropped = choice, data, where, found, dropped
         self.finish: str | None = data.get("finish_reason")
         self.end = choice.words.length
 
@@ -82,6 +86,16 @@ class Chunk:
         return frame(self._data | {"choices": choices} | extra)
 
 
+class Usage:
+    """The frame of usage at the end: of an answer that was blocked the client had less than the upstream counted."""
+
+    def __init__(self, wire: ChoicesWire, raw: bytes, data: Json) -> None:
+        self._wire, self._raw, self._data = wire, raw, data
+
+    def release(self) -> bytes | None:
+        return frame(self._data | self._wire.counted(self._data)) if self._wire.any_blocked else self._raw
+
+
 class ChoicesWire(Wire):
     """closed: choices of which nothing more goes out; unsent: annotations for the first chunk
 
@@ -103,11 +117,14 @@ class ChoicesWire(Wire):
     def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
         self._usage_came = self._usage_came or bool(data.get("usage"))
         found = data.get("choices")
-        if found is None or self.failed:
+        if self.failed:  # nothing of an answer stands in this frame, or comes after it
+            self.done = True
+            return Plain(raw if found is None else frame({k: v for k, v in data.items() if k != "choices"}))
+        if found is None:
             return Plain(raw)
         self._envelope = {k: v for k, v in data.items() if k not in ("choices", "usage")}
         parts = [self._part(choice, self.part_of, late) for choice in _listed(found)]
-        return Chunk(self, raw, data, parts) if parts else Plain(raw)
+        return Chunk(self, raw, data, parts) if parts else Usage(self, raw, data)
 
     def _part(self, data: Any, where: str | None, late: bool = False) -> Part:
         expect(isinstance(data, dict), "a choice is no object")
@@ -116,11 +133,11 @@ class ChoicesWire(Wire):
         expect(finish is None or isinstance(finish, str), "a finish_reason is no text")
         choice, found = self.choices[index], self._texts(data, where)
         if index in self.finishes:
-            return Part(choice, data, [], dropped=bool(found) or finish is not None)
+            return Part(choice, data, where or "text", [], dropped=bool(found) or finish is not None)
         placed = [(t, choice.words.length if t.again else choice.add(t.value, t.channel, late)) for t in found]
         if finish is not None:
             self.finishes[index] = finish_of(finish)
-        return Part(choice, data, placed, dropped=False)
+        return Part(choice, data, where or "text", placed)
 
     def _texts(self, data: Json, where: str | None) -> list[Text]:
         if where is None:
@@ -131,13 +148,25 @@ class ChoicesWire(Wire):
         return texts(holder)
 
     def shortened(self, part: Part) -> Json:
-        """A choice without what was not judged, or blocked."""
+        """A choice without what was not judged, or blocked, and without fields that we do not know: they may spell it
+        once more, as token ids do."""
         cut(part.texts, part.choice.released)
-        strip_calls(part.data.get(self.part_of or "") or part.data.get(self.whole_of or "") or {})
-        if not part.data.get("logprobs"):
-            return part.data
-        own = "".join(t.value[: max(0, part.choice.released - begin)] for t, begin in part.texts if not t.again)
-        return part.data | {"logprobs": _only(part.data["logprobs"], own)}
+        data = {k: part.data[k] for k in ("index", part.where, "finish_reason", "logprobs") if k in part.data}
+        if isinstance(said := data.get(part.where), dict):
+            data[part.where] = said = worded(said)
+            strip_calls(said)
+        if data.get("logprobs"):
+            own = "".join(t.value[: max(0, part.choice.released - begin)] for t, begin in part.texts if not t.again)
+            data["logprobs"] = _only(data["logprobs"], own)
+        return data
+
+    def counted(self, data: Json) -> Json:
+        """The usage of what was released, if the upstream tells any."""
+        if not isinstance(data.get("usage"), dict):
+            return {}
+        given = data["usage"].get("prompt_tokens")
+        prompt = given if isinstance(given, int) else self.n_prompt_tokens
+        return {"usage": usage(prompt, self.n_released)}
 
     def block(self, choice: Choice) -> Json:
         """The ending of a choice that was blocked, as a chunk's."""
@@ -149,12 +178,12 @@ class ChoicesWire(Wire):
     def annotation(self, choice: Choice) -> Json:
         return {} if choice.record is None else answer_annotation(self.terms, choice.record)
 
-    def replace(self, data: Json, text: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def replace(self, data: Json, text: str) -> None: ...
 
     def ending(self) -> bytes:
         own = b""
-        if any(c.blocked for c in self.choices) and self.with_usage and not self._usage_came:
+        if self.any_blocked and self.with_usage and not self._usage_came:
             counted = usage(self.n_prompt_tokens, self.n_released)
             own = frame(self._envelope | {"choices": [], "usage": counted})
         return own + super().ending()
@@ -171,20 +200,23 @@ class ChoicesWire(Wire):
         return lambda: self._judged(body, parts)
 
     def _judged(self, body: Json, parts: list[Part]) -> Json | None:
-        if not any(part.choice.blocked for part in parts) and not self.terms.annotate:
+        spelling = [part for part in parts if part.spells_more and not part.choice.blocked]
+        if not (self.any_blocked or self.terms.annotate or spelling):
             return None
+        for part in spelling:
+            part.data["logprobs"] = None
         for part in parts:
             if part.choice.blocked:
-                part.data |= self.shortened(part) | {"finish_reason": FILTERED}
+                data = self.shortened(part) | {"finish_reason": FILTERED}
+                part.data.clear()
+                part.data |= data
                 if self.terms.replacement is not None:
                     cut(part.texts, 0)
                     part.data["logprobs"] = None
                     self.replace(part.data, self.terms.replacement)
             part.data |= self.annotation(part.choice)
-        if isinstance(body.get("usage"), dict) and any(part.choice.blocked for part in parts):
-            given = body["usage"].get("prompt_tokens")
-            prompt = given if isinstance(given, int) else self.n_prompt_tokens
-            body["usage"] = body["usage"] | usage(prompt, self.n_released)
+        if self.any_blocked:
+            body |= self.counted(body)
         return body | self.unsent
 
 

@@ -10,9 +10,10 @@ from monitor.api.upstream.wire import FILTERED, Json, Piece, Wire, expect
 from monitor.types import FinishReason
 from monitor.upstream.choice import Choice
 from monitor.upstream.sse import frame
-from monitor.upstream.texts import Text, cut, texts
+from monitor.upstream.texts import Text, cut, texts, unspell
 
 _ENDS: dict[str, FinishReason] = {"response.completed": "stop", "response.incomplete": "length"}
+_OPENS = ("response.created", "response.queued", "response.in_progress")
 _FAILS = ("response.failed", "response.cancelled")
 _SAID = ("message", "reasoning")  # what an answer says; every other item calls something
 _BEGINS, _TEXT = "response.content_part.added", "response.output_text.delta"
@@ -76,8 +77,10 @@ class ResponsesWire(Wire):
     def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
         kind = data.get("type")
         expect(isinstance(kind, str), "an event has no type")
-        if isinstance(data.get("response"), dict):
-            self._response = data["response"]
+        if kind in _OPENS and isinstance(data.get("response"), dict):
+            self._response = data["response"]  # a later one tells how long the whole answer was
+        if b'"logprobs"' in raw and unspell(data):
+            raw = frame(data, str(kind))
         if str(kind).endswith(".delta"):
             place = self._place(data)
             expect(kind != _TEXT or isinstance(data.get("delta"), str), "a piece of text is none")
@@ -134,14 +137,22 @@ class ResponsesWire(Wire):
         if self.terms.replacement is not None:
             output.append(own := message(self._identity(self._response), self.terms.replacement))
             events += streamed(own, self._items)
-        events.append({"type": "response.incomplete", "response": self._response | self._filtered(output)})
+        response = self._filtered(self._response, output)
+        events.append({"type": "response.incomplete", "response": response})
         return b"".join(frame(event, event["type"]) for event in numbered(events, self._number))
 
     def _identity(self, response: Json) -> str:
         return f"{response.get('id')}_replaced"
 
-    def _filtered(self, output: list[Json]) -> Json:
-        return {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
+    def _filtered(self, response: Json, output: list[Json]) -> Json:
+        """The upstream's response with this output, and nothing in it that tells of more."""
+        kept = {name: value for name, value in response.items() if name != "output_text"}
+        if isinstance(kept.get("usage"), dict):
+            given = kept["usage"].get("input_tokens")
+            read = given if isinstance(given, int) else self.n_prompt_tokens
+            said = self.n_released
+            kept["usage"] = {"input_tokens": read, "output_tokens": said, "total_tokens": read + said}
+        return kept | {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
 
     def ending(self) -> bytes:
         return b""
@@ -159,9 +170,10 @@ class ResponsesWire(Wire):
 
     def _judged(self, body: Json, placed: list[tuple[Text, int]]) -> Json | None:
         if not self.choice.blocked:
-            return None
+            return body if unspell(body["output"]) else None
         if self.terms.replacement is not None:
-            return body | self._filtered([message(self._identity(body), self.terms.replacement)])
+            return self._filtered(body, [message(self._identity(body), self.terms.replacement)])
         cut(placed, self.choice.released)
+        unspell(body["output"])  # of a text that was cut, the logprobs are another one's
         said = [i | {"status": "incomplete"} for i in body["output"] if isinstance(i, dict) and i.get("type") in _SAID]
-        return body | self._filtered(said)
+        return self._filtered(body, said)

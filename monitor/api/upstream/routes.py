@@ -27,7 +27,7 @@ from monitor.errors import Overloaded, RequestInvalid
 from monitor.types import Caller, Phase
 from monitor.upstream.choice import Choice
 from monitor.upstream.engine import ObserverEngine
-from monitor.upstream.errors import UpstreamError
+from monitor.upstream.errors import Unreadable, UpstreamError
 from monitor.upstream.transport import Reply, Upstream
 
 T = TypeVar("T")
@@ -135,6 +135,8 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
 
     async def relayed(reply: Reply, wire: Wire, sending: AsyncExitStack, identity: str) -> Response:
         if reply.status != 200:
+            if reply.status < 400:  # a client may take whatever stands in it for an answer
+                raise Unreadable(f"the upstream answered with status {reply.status}, neither 200 nor an error")
             for choice in wire.choices:
                 choice.end("engine_error")
             return Response(await reply.whole(), reply.status, reply.headers)

@@ -6,6 +6,7 @@ in the order in which it came.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ class Plain:
         return self._raw
 
 
-class Wire:
+class Wire(ABC):
     """What the routes of one shape have in common. finishes: of choices whose answer is whole, until they are read
 
     done: the upstream has said that nothing follows; failed: it has said that something went wrong
@@ -73,7 +74,7 @@ class Wire:
             self.done = True
         else:
             data = event.json()
-            if data.get("error") is not None or event.name == "error":
+            if data.get("error") or event.name == "error":
                 self.failed = True
             self._waiting.append(self.piece(raw, data, late))
 
@@ -88,20 +89,20 @@ class Wire:
             self._waiting.popleft()
         return b"".join(parts)
 
-    def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
-        raise NotImplementedError
+    @abstractmethod
+    def piece(self, raw: bytes, data: Json, late: bool) -> Piece: ...
 
     def ending(self) -> bytes:
         """What follows when every choice has ended: the upstream's own [DONE], or ours after a block."""
-        return DONE if self.done or any(c.blocked for c in self.choices) else b""
+        return DONE if self.done or self.any_blocked else b""
 
     def error(self, error: ApiError) -> bytes:
         return frame({"error": error.error})
 
+    @abstractmethod
     def whole(self, body: Json) -> Callable[[], Json | None]:
         """Take the texts of a whole answer. When they are read, what is returned gives the body as the client gets it;
         None: as it came. raises: Unreadable"""
-        raise NotImplementedError
 
     def prompts_annotation(self, n: int) -> Json:
         openings = {c.index: c.opening for c in self.choices if c.opening is not None}
@@ -110,6 +111,10 @@ class Wire:
     @property
     def n_prompt_tokens(self) -> int:
         return sum({id(c.prompt): len(c.prompt.token_ids) for c in self.choices}.values())
+
+    @property
+    def any_blocked(self) -> bool:
+        return any(choice.blocked for choice in self.choices)
 
     @property
     def n_released(self) -> int:

@@ -19,10 +19,10 @@ from monitor.errors import ConfigInvalid
 from monitor.types import Phase
 
 Reason = Literal["flagged", "uniform", "near"]
-FORMAT = b"midstream-features/1"
+FORMAT = b"midstream-features/2"
 _LOCK = ".lock"
 _PLAIN: tuple[str, ...] = ("request_id", "choice", "key", "created", "phase", "q", "reason", "fingerprint")
-_PLAIN += ("template_hash", "position_rule", "n_tokens")
+_PLAIN += ("template_hash", "position_rule", "n_tokens", "rate")
 _REPEATED = ("key", "phase", "reason", "fingerprint", "template_hash", "position_rule")
 
 
@@ -30,7 +30,8 @@ _REPEATED = ("key", "phase", "reason", "fingerprint", "template_hash", "position
 class Feature:
     """One phase of one finished sequence. key: name of the API key; created: seconds since the epoch
 
-    q: the probability that it was kept with; fingerprint, template_hash, position_rule: as a card names them
+    q: the probability that it was kept with; rate: of the slice that every sequence had the same chance of, whatever
+    became of it; 0: it is not of that slice; fingerprint, template_hash, position_rule: as a card names them
     n_tokens: positions that were averaged; vectors: (len(layers), d_model) float16, their mean at each layer
     """
 
@@ -47,6 +48,7 @@ class Feature:
     n_tokens: int
     layers: tuple[int, ...]
     vectors: npt.NDArray[np.float16]
+    rate: float = 0.0
 
 
 def new_path(folder: Path) -> Path:
@@ -81,9 +83,10 @@ def write_features(folder: Path, features: Sequence[Feature], path: Path | None 
 
 
 def read_features(folder: Path, since: float | None = None, layers: Sequence[int] | None = None) -> list[Feature]:
-    """Every feature of a folder, oldest file first. since: seconds since the epoch; layers: these alone, in this order
+    """Every feature of a folder, oldest file first. since: seconds since the epoch; layers: these alone, in this order;
+    files that lack one are passed over, as are other models'
 
-    raises: ConfigInvalid if there is no such folder, a file is damaged, lacks a layer, or if the features that are
+    raises: ConfigInvalid if there is no such folder, a file is damaged, or without `layers` if the features that are
     left differ in layers or width
     """
     if not folder.is_dir():
@@ -92,9 +95,9 @@ def read_features(folder: Path, since: float | None = None, layers: Sequence[int
     for path in feature_files(folder):
         table = _read(path)
         if table is not None:
-            found += [f for f in _features(path, table, layers) if since is None or f.created >= since]
+            found += [f for f in _features(table, layers) if since is None or f.created >= since]
     kinds = sorted({(f.layers, f.vectors.shape[1]) for f in found})
-    if len(kinds) > 1:
+    if len(kinds) > 1 and layers is None:
         what = " and ".join(f"layers {', '.join(map(str, own))} of width {width}" for own, width in kinds)
         raise ConfigInvalid(
             f"{folder} holds features of {what}; name layers that all of them have, or a later time, or move files away"
@@ -134,6 +137,8 @@ def _drop(folder: Path, goes: Callable[[Mapping[str, Any]], bool]) -> int:
         return 0
     gone = 0
     with locked(folder):
+        for part in folder.glob(".features-*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
         for path in feature_files(folder):
             some = _read(path, ["key", "request_id", "created"])
             stays = [] if some is None else [not goes(row) for row in some.to_pylist()]
@@ -211,7 +216,7 @@ def _read(path: Path, columns: list[str] | None = None) -> Any:
     return pyarrow.Table.from_arrays(table.columns, schema=fields)
 
 
-def _features(path: Path, table: Any, wanted: Sequence[int] | None) -> Iterable[Feature]:
+def _features(table: Any, wanted: Sequence[int] | None) -> Iterable[Feature]:
     rows = table.select([*_PLAIN, "layers"]).to_pylist()
     if not rows:
         return
@@ -219,11 +224,8 @@ def _features(path: Path, table: Any, wanted: Sequence[int] | None) -> Iterable[
     have = tuple(rows[0]["layers"])
     vectors = flat.reshape(len(rows), len(have), -1)
     chosen = have if wanted is None else tuple(wanted)
-    missing = sorted(set(chosen) - set(have))
-    if missing:
-        raise ConfigInvalid(
-            f"{path} has no layer {missing[0]}, it holds {', '.join(map(str, have))}; name one of these"
-        )
+    if set(chosen) - set(have):
+        return
     columns = [have.index(layer) for layer in chosen]
     for row, vector in zip(rows, vectors, strict=True):
         plain = {name: row[name] for name in _PLAIN} | {"phase": Phase(row["phase"])}

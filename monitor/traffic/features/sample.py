@@ -13,11 +13,16 @@ _ENDS = ("stop", "length", "content_filter")
 
 
 class Kept(NamedTuple):
-    """q: the probability that it is kept; uniform: it is in the slice that every sequence has the same chance of"""
+    """q: the probability that it is kept; rate: of the slice that every sequence has the same chance of, 0: it is not
+    in it"""
 
     q: float
     reason: Reason
-    uniform: bool
+    rate: float = 0.0
+
+    @property
+    def uniform(self) -> bool:
+        return self.rate > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +38,13 @@ class Chances:
 
     def draw(self, record: Record, chance: Random) -> Kept | None:
         drawn = chance.random()
-        uniform = drawn < self.rate
+        rate = self.rate if drawn < self.rate else 0.0
         if record.verdict in (Action.FLAG, Action.BLOCK):
-            return Kept(1.0, "flagged", uniform)
+            return Kept(1.0, "flagged", rate)
         q = min(1.0, self.rate + self.band_rate * self._near(record))
         if drawn >= q:
             return None
-        return Kept(q, "uniform" if uniform else "near", uniform)
+        return Kept(q, "uniform" if rate else "near", rate)
 
     def _near(self, record: Record) -> bool:
         return any(

@@ -234,6 +234,7 @@ class FeatureWriter:
                 n_tokens=span.end - span.start,
                 layers=one.layers,
                 vectors=vectors.astype(np.float16),
+                rate=kept.rate,
             )
             for (phase, span), vectors in zip(one.spans.items(), () if pooled is None else pooled, strict=True)
         ]

@@ -57,7 +57,7 @@ function card(probe, load, follow) {
   const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, body), `${verb}: done`));
   const rollback = probe.previous ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
     `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", {})) : null;
-  const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels since ${probe.live}. It becomes a candidate only if the gate lets it; it serves nothing before you promote it.`,
+  const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
     "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, "The training has begun")));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
   return h("article", { class: "card" },
