@@ -46,8 +46,9 @@ def test_some_layers_in_the_order_asked_for(tmp_path):
     (got,) = read_features(tmp_path, layers=(5, 3))
     assert got.layers == (5, 3)
     assert np.array_equal(got.vectors, one.vectors[::-1])
-    with pytest.raises(ConfigInvalid, match="no layer 4, it holds 3, 5"):
-        read_features(tmp_path, layers=(4,))
+    assert read_features(tmp_path, layers=(4,)) == [], "another probe's"
+    write_features(tmp_path, [feature("r2", layers=(4,))])
+    assert [f.request_id for f in read_features(tmp_path, layers=(4,))] == ["r2"]
 
 
 @pytest.mark.parametrize("other", [{"layers": (3,)}, {"width": 4}])

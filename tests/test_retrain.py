@@ -1,5 +1,7 @@
 """Retraining (T24): what was labelled makes a better candidate, poison does not, and nothing promotes itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,16 +10,20 @@ from sklearn.linear_model import LogisticRegression
 
 from monitor.cli.retrain import seconds
 from monitor.errors import ConfigInvalid
+from monitor.traffic import Cipher, Said, TrafficLog, add_label
 from monitor.traffic.features import Feature
-from monitor.types import Phase
+from monitor.types import Action, Phase
 from probes_store.base import Base, load_base
 from training.fit import Scaler
+from training.retrain.candidate import make, start_of
 from training.retrain.posterior import curvature, fit_posterior
 from training.retrain.run import Asked, retrain
 from training.retrain.traffic import uniform
 from training.retrain.weighing import CLIP, _level, leaked, weigh
 
 from .conftest import LAYER
+from .test_log_text import KEY
+from .test_records import record
 from .traffic_made import HARMFUL, HARMLESS, MODEL, NAME, World, texts
 
 ENOUGH = 2600  # frozen benign rows, for the gate to be sure of a rate of 3 %
@@ -58,7 +64,9 @@ def test_labels_make_a_candidate_that_the_gate_has_judged(world):
     assert checks["AUROC - live's"]["figure"]["low"] > 0  # what it could not know before
     assert (counts["from"], counts["labels"], counts["harmful"], counts["everyday"]) == ("v1", 140, 80, 1560)
     assert (counts["copies"], counts["in_frozen"], counts["unread"], counts["tenants"]) == (0, 0, 0, 25)
-    assert new.card.calibration["chat"]["prompt"].n == 1560 and "response" not in new.card.calibration["chat"]
+    assert new.card.calibration["chat"]["prompt"].n == 1560
+    # What the live one is calibrated for beside it, on harmless rows of the frozen set: as many answers as it takes.
+    assert (new.card.calibration["chat"]["response"].n, new.card.calibration["raw"]["prompt"].n) == (59, ENOUGH)
     base, before = load_base(new), load_base(world.store.load(MODEL, NAME, "v1"))
     assert (base.rows(0), base.rows(1)) == (before.rows(0) + 60, before.rows(1) + 80)
     # Nothing promotes itself: it is the candidate.
@@ -91,6 +99,32 @@ def test_without_labels_features_or_one_kind_there_is_nothing_to_train_on(world)
     with pytest.raises(ConfigInvalid, match="no labelled request that counts is harmful"):
         retrain(world.settings, asked(world), print)
     assert list(world.store.versions(MODEL, NAME)) == ["v1"]
+
+
+def test_kept_texts_are_read_where_there_are_no_features(tiny, tmp_path):
+    world = World(tiny, tmp_path, log_text=True, log_key=KEY)
+    everyday(world)
+    log = TrafficLog(world.settings.records, 10**6, 10**6, lambda n: None, cipher=Cipher(KEY))
+    bodies = [{"messages": [{"role": "user", "content": t}]} for t in texts(20, 50, "%")]
+    bodies += [{"prompt": [t, t]} for t in texts(10, 51, "%")] + [{"messages": []}]
+    for i, body in enumerate(bodies):
+        log.put(replace(record(f"t{i}", verdict=Action.FLAG), created=1e9))
+        log.say(Said(f"t{i}", body, {0: "an answer"}))
+    log.close()
+    for i in range(len(bodies)):
+        add_label(world.settings.log, f"t{i}", 0, HARMFUL, "somebody", lambda: 3e9)
+    retrain(world.settings, Asked(NAME, target=0.05), print)
+    counts = world.store.load(MODEL, NAME, "v2").card.retrained
+    assert (counts["from_texts"], counts["unread"], counts["labels"]) == (30, 1, 170)
+
+
+def test_labels_of_a_candidate_that_nobody_promoted_are_not_lost(world):
+    everyday(world)
+    retrain(world.settings, Asked(NAME, target=0.05), print)
+    world.serve(texts(30, 60, "%"), HARMFUL, reason="flagged")
+    retrain(world.settings, Asked(NAME, target=0.05), print)
+    counts = world.store.load(MODEL, NAME, "v3").card.retrained
+    assert (counts["from"], counts["labels"], counts["everyday"]) == ("v1", 170, 480)
 
 
 # --- poison ---------------------------------------------------------------------------------------------------------
@@ -132,7 +166,7 @@ def test_a_tenant_with_many_different_labels_is_held_to_its_share(world):
     world.serve(texts(200, 34, "#"), HARMLESS, key="mallory")
     code, auroc, counts = judged(world)
     print(f"\n200 lies of one tenant: exit {code}, AUROC against the live one {auroc}")
-    assert code == 11 or (counts["capped"] == ["mallory"] and auroc["low"] > -0.02)
+    assert code == 11 or (counts["capped"] == 1 and auroc["low"] > -0.02)
 
 
 def test_a_conversation_of_the_frozen_set_is_left_out(world):
@@ -168,14 +202,15 @@ def test_copies_count_once_and_contradictions_not_at_all():
     y = np.array([0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1])
     found = weigh(x, y, np.ones(11), ["a"] * 11, PLAIN, 1.0, 0.0)
     assert (found.copies, found.torn) == (5, 2)
-    assert found.weights.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    # Two rows of one label and three of the other weigh the same.
+    assert found.weights == pytest.approx([5 / 4, 5 / 6, 5 / 4, 5 / 6, 5 / 6, 0, 0, 0, 0, 0, 0])
 
 
 def test_a_row_weighs_by_how_rarely_such_a_one_is_kept_up_to_a_bound():
-    q = np.array([1.0, 0.5, 0.001])
-    found = weigh(rows_of(3, 0), np.array([0, 1, 1]), q, ["a"] * 3, PLAIN, 1.0, 0.0).weights
-    assert found.sum() == pytest.approx(3)
-    assert found[1] / found[0] == pytest.approx(2) and found[2] / found[0] == pytest.approx(CLIP)
+    q = np.array([1.0, 1.0, 0.5, 0.001])
+    found = weigh(rows_of(4, 0), np.array([0, 1, 1, 1]), q, ["a"] * 4, PLAIN, 1.0, 0.0).weights
+    assert found.sum() == pytest.approx(4) and found[0] == pytest.approx(2)
+    assert found[2] / found[1] == pytest.approx(2) and found[3] / found[1] == pytest.approx(CLIP)
 
 
 @settings(deadline=None, max_examples=50)
@@ -192,24 +227,49 @@ def test_with_few_tenants_a_share_of_base_and_labels_holds():
     assert found.capped == ("a",)
 
 
+def test_a_tenant_that_alone_has_a_label_is_held_to_its_share_all_the_same():
+    """Attackers are few: what they are held to is not given back to balance the labels."""
+    y = np.array([0] * 60 + [1] * 20)
+    tenants = [f"t{i % 30}" for i in range(60)] + ["mallory"] * 20
+    found = weigh(rows_of(80, 0), y, np.ones(80), tenants, PLAIN, 0.1, 100.0)
+    assert found.capped == ("mallory",)
+    assert found.weights[60:].sum() == pytest.approx(0.1 * found.weights.sum())
+
+
+def test_a_row_of_traffic_weighs_in_the_fit_what_was_decided(world):
+    """Rows that hardly weigh hardly move the weights."""
+    live = world.store.load(MODEL, NAME, "v1")
+    start = start_of(live, np.zeros((0, world.tiny.d_model)))
+    x = world.features(texts(40, 70) + texts(40, 71, "%"))
+    y = np.repeat([0, 1], 40)
+
+    def moved(weight):
+        made = make(live, start, x, y, np.full(80, weight), np.zeros(80, bool), x[:0], 0.05)
+        return float(np.linalg.norm(made.fitted.weight - start.weight))
+
+    assert moved(1e-9) < 0.01 * moved(1.0)
+
+
 def test_rows_of_the_frozen_set_are_found():
     x = rows_of(5, 0)
     assert leaked(x, x[[1, 3]] * 2, PLAIN).tolist() == [False, True, False, True, False]
     assert leaked(x, x[:0], PLAIN).tolist() == [False] * 5
 
 
-def feature(i, reason, q):
+def feature(i, reason, rate):
     vectors = np.zeros((1, 2), np.float16)
-    return Feature(str(i), 0, "", 0.0, Phase.PROMPT, q, reason, "f", "t", "p", 3, (1,), vectors)
+    return Feature(str(i), 0, "", 0.0, Phase.PROMPT, 1.0, reason, "f", "t", "p", 3, (1,), vectors, rate)
 
 
-def test_the_uniform_slice_takes_flagged_ones_by_the_same_chance():
-    kept = [feature(i, "uniform", 0.1 if i % 2 else 0.3) for i in range(100)]
-    kept += [feature(i, "flagged", 1.0) for i in range(2000)] + [feature(i, "near", 0.3) for i in range(50)]
-    found = [f.reason for f in uniform(kept)]
-    assert found.count("uniform") == 100 and found.count("near") == 0
-    assert 150 < found.count("flagged") < 250  # a tenth of 2,000
-    assert uniform(kept[100:]) == []
+def test_the_uniform_slice_is_thinned_to_the_smallest_rate_flagged_or_not():
+    """The rate was raised from 0.1 to 0.4 in the meantime: of what came since, a quarter counts."""
+    kept = [feature(f"a{i}", "uniform", 0.1) for i in range(100)] + [feature(f"b{i}", "near", 0.0) for i in range(50)]
+    kept += [feature(f"c{i}", "uniform", 0.4) for i in range(2000)]
+    kept += [feature(f"d{i}", "flagged", 0.4 if i % 2 else 0.0) for i in range(4000)]
+    found = [(f.reason, f.request_id[0]) for f in uniform(kept)]
+    assert found.count(("uniform", "a")) == 100 and ("near", "b") not in found
+    assert 430 < found.count(("uniform", "c")) < 570 and 430 < found.count(("flagged", "d")) < 570
+    assert uniform(kept[100:150]) == []
 
 
 def test_the_prior_stands_for_the_rows_that_its_moments_are_of():

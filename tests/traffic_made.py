@@ -24,6 +24,8 @@ from .conftest import LAYER, calibrated, make_card
 from .test_records import record
 
 MODEL, NAME = "tiny-llama", "marks"
+RATE = 0.5
+"""Of the uniform slice."""
 WORDS = ["red", "green", "blue", "yellow", "black", "white", "orange", "violet", "brown", "grey"]
 
 
@@ -61,7 +63,9 @@ class World:
         from monitor.aggregate import Aggregation
 
         how = {"prompt": Aggregation("mean"), "response": Aggregation("ema")}
-        card = make_card(tiny, probe, aggregation=how, calibration=calibrated(0.0), created="2026-01-01T00:00:00+00:00")
+        calibration = calibrated(0.0)
+        del calibration["raw"]["response"]  # as of every probe that we train
+        card = make_card(tiny, probe, aggregation=how, calibration=calibration, created="2026-01-01T00:00:00+00:00")
         self.store.publish(card, weight, fitted.bias, Base.of(x[:, None], (LAYER,), y).dump())
 
     def features(self, of):
@@ -93,7 +97,7 @@ class World:
                     len(text),
                     (LAYER,),
                     vector.astype(np.float16)[None],
-                    0.0 if reason == "near" else q,
+                    0.0 if reason == "near" else RATE,
                 )
             )
             ids.append(request_id)
