@@ -1,9 +1,13 @@
 """Policies over HTTP, with the embedded engine."""
 
+import asyncio
+
 import pytest
 
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.keys import create_key
+from monitor.probe import ProbeWeights
+from monitor.types import Action, Caller
 
 from .conftest import calibrated
 
@@ -14,6 +18,7 @@ from .contract_policy import (  # noqa: E402
     HIT,
     POLICY,
     SURE,
+    UNSURE,
     Policed,
     _fresh,  # noqa: F401
     as_file,
@@ -21,6 +26,7 @@ from .contract_policy import (  # noqa: E402
     policy,
     soft_star,
 )
+from .star import FILLER, STAR, token  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +57,21 @@ class TestEmbedded(Policed):
             assert (response.status_code, response.headers[POLICY]) == (status, name)
         assert sorted(r.key for r in server.sink.records) == ["default", "partner"]
         assert server.post(CHAT, asked(CHAT, HIT)).status_code == 401
+
+
+def test_in_a_given_answer_each_probe_that_is_unsure_is_asked_about(quiet, serve, soft, tmp_path, endpoint):  # noqa: F811
+    """All of its rows come in one step: the second probe waits for its turn when nobody feeds the sequence any more."""
+    twin = ProbeWeights("twin", soft.weight, soft.bias)
+    running = serve(quiet, [(one, {"calibration": calibrated(1e6)}) for one in (soft, twin)])
+    unsure = {"soft": {"response": UNSURE}, "twin": {"response": UNSURE | {"min_tokens": 8}}}
+    both = {"name": "house", "probes": unsure, "second": endpoint.policy}
+    running.engine.live = running.engine.live.under(as_file(tmp_path, both))
+    prompt = quiet.template.encode([{"role": "user", "content": "go on"}])
+    answer = [token(quiet, STAR if i in (1, 9) else FILLER) for i in range(14)]
+    judged = EmbeddedScorer(running.engine).judge("given", prompt, tuple(answer), Caller(route="guardrail"))
+    record = asyncio.run(asyncio.wait_for(judged, 60))
+    start = len(prompt.token_ids)
+    assert [(e.probe, e.position - start, e.result) for e in record.escalations] == [
+        ("soft", 1, "clear"), ("twin", 9, "clear"),
+    ]  # fmt: skip
+    assert record.verdict is Action.ALLOW and len(endpoint.asked) == 2

@@ -21,7 +21,7 @@ from training import pairs_made
 from training.data import EVALUATE_ONLY
 from training.experiment import residual_stream
 from training.recipe import Recipe, gather
-from training.report.made import Options, evaluate
+from training.report.run import Options, evaluate
 from training.report.sets import ANSWER_SETS, PROMPT_SETS
 
 ROOT = Path(__file__).parent.parent

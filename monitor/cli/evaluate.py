@@ -38,8 +38,8 @@ def evaluate(
     Sets that are for evaluation only are never fitted, chosen or calibrated on; beside this command they are read by
     `train` for its card, by `gate` and `experiment`, and by `lint` to find overlap. A quarter of an hour on two cores.
     """
-    from training.report.made import Options  # torch and scikit-learn, which no other command waits for
-    from training.report.made import evaluate as run
+    from training.report.run import Options  # torch and scikit-learn, which no other command waits for
+    from training.report.run import evaluate as run
 
     options = Options(target_fpr, requests_per_day, tuple(sets or ()), rows, attacks)
     report = run(load_settings(config, model=model, store=store), probe, data, out, options)

@@ -224,6 +224,7 @@ class Choice:
             if self.watch.question is question:
                 self.watch.resolve(second)
                 self._publish()
+                self._ask()  # another probe may have waited for its turn
                 self.changed()
             self._settled.set()
 

@@ -14,7 +14,7 @@ Report = Mapping[str, Any]
 
 
 def report_page(report: Report) -> str:
-    """report: as `training.report.made.evaluate` returns it, or as it was read back from report.json"""
+    """report: as `training.report.run.evaluate` returns it, or as it was read back from report.json"""
     probe = report["probe"]
     blocks = "block " + str(probe["layers"][0]) if len(probe["layers"]) == 1 else f"blocks {probe['layers']}"
     intro = (

@@ -264,6 +264,8 @@ class EmbeddedEngine:
             sequence.resolve(second, self.model_name)
             if sequence.ended:
                 self._schedule.groups.pop(id(sequence), None)
+            else:
+                self._asking.ask(sequence)  # another probe may have waited for its turn
         if answers:
             self._schedule.active = [s for s in self._schedule.active if not s.ended]
 
