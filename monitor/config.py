@@ -189,6 +189,10 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
+_SECRET = ("api_key", "admin_key", "log_key", "log_url", "webhook_url", "upstream")
+"""Settings that are a secret or may hold one: what is wrong with them is said, they are not."""
+
+
 def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
     """Settings from all sources; an argument that is None was not given.
 
@@ -208,7 +212,8 @@ def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigInvalid(f"setting {key!r} has value {first['input']!r}: {first['msg']}") from error
+        value = "" if key in _SECRET else f" has value {first['input']!r}"
+        raise ConfigInvalid(f"setting {key!r}{value}: {first['msg']}") from error
     except ValueError as error:  # pydantic-settings: a variable that is not the JSON it should be
         raise ConfigInvalid(str(error).splitlines()[0]) from error
 

@@ -170,8 +170,7 @@ def _as_wide(card: Card, live: Card) -> None:
     if lost:
         raise ConfigInvalid(
             f"{card.name} {card.version} is not calibrated for {', '.join(lost)}, which {live.version} is: it "
-            "would only shadow them. Retrain with harmless rows to calibrate on (--data, --frozen), or add "
-            "--fewer-phases"
+            "would only shadow them. Retrain with more harmless --frozen rows, or add --fewer-phases"
         )
 
 

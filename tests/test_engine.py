@@ -292,3 +292,14 @@ def test_models_that_would_mix_requests_are_refused(tiny):
     finally:
         config.layer_types = before
     _check_batchable(tiny.module)
+
+
+def test_a_given_text_that_is_longer_than_the_model_reads_is_refused(serve, quiet, random_probe):
+    """It would be scored behind the model's last position, and hold the memory of everybody."""
+    server = serve(quiet, [(random_probe, {})], max_model_len=64)
+    prompt = quiet.template.encode([{"role": "user", "content": "go on"}])
+    answer = (prompt.token_ids[-1],) * 64
+    with pytest.raises(RequestInvalid, match="do not fit into the model's 64"):
+        server.engine.submit(GenerationRequest("g", (prompt,), 1, Sampling(0), given=answer), lambda delta: None)
+    response = server.post("/v1/moderations", {"input": "word " * 200})
+    assert response.status_code == 400 and "64" in response.json()["error"]["message"]

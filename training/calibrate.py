@@ -62,7 +62,8 @@ class Calibrator:
             return {}
         result: Calibrations = {"chat": {}, "raw": {}}
         if Phase.PROMPT in self.recipe.phases:
-            source = "held-out harmless prompts of the training files"
+            first = self.recipe.max_text_tokens
+            source = f"held-out harmless prompts of the training files, the first {first} tokens of each"
             for form, phases in result.items():
                 usable = prompts if form == "chat" else [r for r in prompts if len(r.text.split()) > 1]
                 values = self.values(usable, f"calibrating prompts ({form})", form)
@@ -84,7 +85,10 @@ class Calibrator:
         return Calibration.fit(values, f"this model's answers of up to {limit} tokens to held-out harmless prompts")
 
     def platt(self, rows: Sequence[Row], values: Sequence[float]) -> Platt | None:
-        """Probabilities, from rows that nothing was fitted to and their values; None if one label is missing."""
+        """Probabilities of prompts, from rows that nothing was fitted to and their values; None if one label is
+        missing. Values of answers are others', and are left out."""
+        asked = [(r, v) for r, v in zip(rows, values, strict=True) if not r.answer]
+        rows, values = [r for r, _ in asked], [v for _, v in asked]
         labels = np.array([r.label for r in rows])
         if len(set(labels.tolist())) < 2:
             return None

@@ -106,6 +106,7 @@ class Trainer:
             name=self.name,
             version="v1",  # the store sets the next free one
             kind=self.recipe.kind,
+            starts=self.recipe.starts,
             description=self.recipe.description,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             code_version=__version__,

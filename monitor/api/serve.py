@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 import threading
+import traceback
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -30,10 +32,11 @@ from monitor.live import LiveProbes, ServedModel, load_live
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
-from monitor.types import Phase
+from monitor.types import Format, Phase
 from probes_store.store import Store, model_slug
 
 EXIT_ENGINE_DIED = 3
+_ROUTES: dict[Format, str] = {"chat": "chat", "raw": "completions"}
 
 
 class Server(uvicorn.Server):
@@ -90,8 +93,11 @@ def serve(settings: Settings) -> int:
 
         def died(error: BaseException) -> None:
             failed.set()
-            console.print(f"[red]the engine has died: {type(error).__name__}: {error}[/]")
             server[0].should_exit = True
+            # Where, and not what it says: that may quote an answer.
+            at = traceback.extract_tb(error.__traceback__)[-1:]
+            where = "".join(f" in {frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in at)
+            console.print(f"the engine has died: {type(error).__name__}{where}", style="red", markup=False)
 
         features = sinks.keep_features(settings, model.served())
         engine = EmbeddedEngine(model, live, settings, sinks, died, None if features is None else features.offer)
@@ -136,10 +142,15 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
     for column in ("probe", "version", "layer", "route", "prompt", "response"):
         table.add_column(column)
     for probe in live.probes:
-        for form, rules in live.rules.items():
-            own = {r.phase: r for r in rules if r.probe == probe.name}
-            cells = [f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" > {t:.2f}") for p in Phase]
-            layers = ",".join(map(str, probe.card.layers))
-            route = "chat" if form == "chat" else "completions"
+        layers = ",".join(map(str, probe.card.layers))
+        routes = {_ROUTES[form]: _modes(live, form, probe.name) for form in live.rules}
+        if len(set(routes.values())) == 1:
+            routes = {"all": routes["chat"]}
+        for route, cells in routes.items():
             table.add_row(probe.name, probe.card.version, layers, route, *cells)
     return table
+
+
+def _modes(live: LiveProbes, form: Format, probe: str) -> tuple[str, ...]:
+    own = {r.phase: r for r in live.rules[form] if r.probe == probe}
+    return tuple(f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" > {t:.2f}") for p in Phase)

@@ -217,7 +217,10 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         "highest token",
     ):
         table.add_column(column)
+    acted = {r["probe"] for r in record["readings"] if r["action"] != "allow" or r["would_block"]}
     for r in record["readings"]:
+        if r["mode"] == "shadow" and r["threshold"] is None and r["action"] == "allow":
+            continue  # it is not calibrated there: its value says nothing
         peak = "-" if r["peak_position"] is None else f"{r['peak_score']:.3f} at {r['peak_position']}"
         crossed = "-" if r["crossed_at"] is None else str(r["crossed_at"])
         verdict = r["action"] + (" (would act)" if r["would_block"] and r["action"] == "allow" else "")
@@ -237,6 +240,8 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         said = f"{asked['value']:.3f} at position {asked['position']}; the second judge: {_number(asked['second'])}"
         console.print(f"{asked['probe']}, {asked['phase']}, uncertain: {said}: {asked['result']}", highlight=False)
     for name, scores in record["token_scores"].items():
+        if name not in acted:
+            continue
         spans = [*record["counted"], [coverage["prompt_tokens"], len(scores)]]
         positions = [p for start, end in spans for p in range(start, min(end, len(scores)))]
         ranked = sorted(((p, scores[p]) for p in positions), key=lambda item: -item[1])[:8]

@@ -6,11 +6,13 @@ Activations are quantised row by row, block by block. One scale for all of a ste
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from monitor.errors import ConfigInvalid
 
+_CHATTY = "onnxruntime.quantization.matmul_nbits_quantizer"
 _BITS, _BLOCK, _INT8_ACTIVATIONS = 8, 32, 4
 
 
@@ -21,6 +23,7 @@ def quantize(source: Path, path: Path) -> None:
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
     except ImportError as error:
         raise ConfigInvalid(f"int8 needs {error.name}: pip install midstream[observer]") from error
+    logging.getLogger(_CHATTY).setLevel(logging.WARNING)  # or two thousand lines, one for each node
     model = onnx.load(source)
     _fold_transposes(model.graph)
     probes = [n.name for n in model.graph.node if n.op_type == "MatMul" and any("probes_" in i for i in n.input)]

@@ -59,10 +59,11 @@ def _rules(probes: Sequence[StoredProbe], form: Format, body: Body) -> tuple[Rul
 
 def _unasked(probe: StoredProbe, phase: Phase) -> Mode:
     """A shipped probe of harm, or a promoted one that went on from it, blocks in the phases that it is calibrated for,
-    and takes a share of the rate there. One that somebody has just trained starts in shadow, and a concept says nothing
-    of harm."""
-    able = phase.value in probe.card.calibration.get("chat", {})
-    return Mode.BLOCK if (probe.shipped or probe.heir) and probe.card.kind == "harm" and able else Mode.SHADOW
+    and takes a share of the rate there, unless its card says that it starts in shadow. So does one that somebody has
+    just trained, and a concept, which says nothing of harm."""
+    card = probe.card
+    able = phase.value in card.calibration.get("chat", {}) and card.kind == "harm" and card.starts == "block"
+    return Mode.BLOCK if (probe.shipped or probe.heir) and able else Mode.SHADOW
 
 
 def _rule(

@@ -40,7 +40,7 @@ DOCUMENTS = 15
 def attack_rows(test: Sequence[Row]) -> dict[int, list[str]]:
     """{label: texts}: up to 100 harmful ones and 50 harmless ones as short, the same ones each time."""
     chance = random.Random(22)  # noqa: S311 - a reproducible choice, not a secret
-    texts = {label: [r.text for r in test if r.label == label] for label in (1, 0)}
+    texts = {label: [r.text for r in test if r.label == label and not r.answer] for label in (1, 0)}
     texts[0] = [text for text in texts[0] if len(text) <= SHORT]
     wanted = {1: HARMFUL, 0: HARMLESS}
     return {label: chance.sample(of, min(len(of), wanted[label])) for label, of in texts.items()}

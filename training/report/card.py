@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from training.data import Part, Row
+from training.data import Part, Row, same_text
 from training.evaluate import rate, separation
 from training.floor import tfidf_scores
 from training.load import stem
@@ -32,10 +32,14 @@ def evaluate_sets(
     tested: values of the test rows; threshold: of prompts; returns what a card keeps as `metrics.evaluation`
     raises: ConfigInvalid if a file can't be read
     """
-    sets: dict[str, Sequence[Row]] = {stem(file): read_set(file, folder) for file in recipe.evaluate}
+    seen = {same_text(r.text) for part in ("fit", "calibrate") for r in parts[part]}
+    sets: dict[str, Sequence[Row]] = {
+        stem(file): [r for r in read_set(file, folder) if same_text(r.text) not in seen] for file in recipe.evaluate
+    }
     read = [r for of in sets.values() for r in of]
-    sets["unseen_harmful"] = [r for r in parts["test"] if r.label == 1]
-    everyday = [r for r in parts["test"] if r.label == 0]
+    prompts_of = [r for r in parts["test"] if not r.answer]  # the others' labels are about their answers
+    sets["unseen_harmful"] = [r for r in prompts_of if r.label == 1]
+    everyday = [r for r in prompts_of if r.label == 0]
     sets |= {f"harmless_{s}": [r for r in everyday if r.source == s] for s in sorted({r.source for r in everyday})}
     rows = [r for of in sets.values() for r in of]
     prompts = judge.prompts([r.text for r in read])

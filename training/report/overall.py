@@ -15,7 +15,9 @@ from training import evaluate, metrics
 from training.evaluate import set_figures
 from training.metrics import Array, Unsupported
 from training.report.figures import At, Joined, Judged, joined
+from training.report.sets import PromptSet
 
+_NOT_NEW = ("everyday", "unseen", "attack")
 CURVE_POINTS = 200
 BINS = 10
 
@@ -29,10 +31,15 @@ def over_all(judged: Sequence[Judged], at: At, card: Card) -> dict[str, Any]:
         "pooled": pooled,
         "by_length": _lengths(everyday, rows, at),
         "look_alikes": hard_benign(judged, at.probe),
-        "calibration": calibration(rows, card),
+        # Probabilities were fitted to the rows that were held back: only other sets tell what they are worth.
+        "calibration": calibration(joined([j for j in judged if _is_new(j.set)]), card),
         "roc": _rocs(judged, everyday[0].scored.values) if everyday else {},
         "histogram": histogram(judged, at.probe),
     }
+
+
+def _is_new(one: PromptSet) -> bool:
+    return one.kind not in _NOT_NEW and not one.name.startswith("unseen")
 
 
 def hard_benign(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:

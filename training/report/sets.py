@@ -127,10 +127,12 @@ def read_exchanges(path: Path, split: str | None = None) -> list[Exchange]:
 
 
 def held_back(rows: Sequence[Row], most: int = MOST_ROWS) -> list[PromptSet]:
-    """The rows of the training files that nothing was fitted or calibrated on, by what they are.
+    """The rows of the training files that nothing was fitted or calibrated on, by what they are; without those whose
+    label is about an answer.
 
     most: of a set; of the everyday ones, whose rate is the smallest, twice as many
     """
+    rows = [r for r in rows if not r.answer]
     alike = [r for r in rows if r.label == 0 and (r.key in LOOK_ALIKES or stem(r.source) in LOOK_ALIKES)]
     everyday = [r for r in rows if r.label == 0 and r not in alike]
     sets = (

@@ -20,7 +20,7 @@ from training.progress import progress
 from training.texts import Reader
 
 ANSWER_TOKENS = 64
-_SOURCE = "harmless rows of the frozen and added files"
+_SOURCE = "harmless rows of the frozen files"
 _ALSO: tuple[tuple[Format, Phase], ...] = (("chat", Phase.RESPONSE), ("raw", Phase.PROMPT))
 Calibrations = dict[Format, dict[Phase, Calibration]]
 
@@ -47,7 +47,7 @@ class Beside:
         if not wanted:
             return {}, ""
         if len(texts) < need:
-            return {}, f"{need - len(texts)} more harmless rows (--frozen, --data) certify answers and completions"
+            return {}, f"{need - len(texts)} more harmless --frozen rows certify answers and completions"
         some = Random(0).sample(list(texts), need)  # noqa: S311 - which rows, not a secret
         found: Calibrations = {}
         for form, phase in wanted:

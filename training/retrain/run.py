@@ -80,7 +80,7 @@ class Retrainer:
         card = self._card(live, made, traffic, counts, reader, files)
         report, verdict = self._judged(model, live, card, made, frozen, described)
         if verdict is not Verdict.DEGRADED and not made.needed:
-            card = self._wide(live, card, made, reader, frozen)
+            card = self._wide(live.card, card, made, reader, frozen)
         return self._publish(live, card, made, report, verdict)
 
     def _live(self) -> StoredProbe:
@@ -211,13 +211,13 @@ class Retrainer:
         self._say(f"gate: {report.decision.verdict} against {live.card.version} on {len(frozen)} frozen rows")
         return _told(report, live.card.version), report.decision.verdict
 
-    def _wide(self, live: StoredProbe, card: Card, made: Made, reader: Reader, frozen: Sequence[Row]) -> Card:
-        """Calibrated for answers and completions as well, where there are rows for that."""
-        rows = [*frozen, *(r for file in self.asked.data for r in self._data(file, frozen)[0])]
-        texts = list(dict.fromkeys(r.text for r in rows if r.label == 0 and not r.answer))
+    def _wide(self, live: Card, card: Card, made: Made, reader: Reader, frozen: Sequence[Row]) -> Card:
+        """Calibrated for answers and completions as well, where there are rows for that: the frozen ones, to which
+        nothing is fitted."""
+        texts = list(dict.fromkeys(r.text for r in frozen if r.label == 0 and not r.answer))
         aggregation = {Phase(phase): how for phase, how in made.aggregation.items()}
         beside = Beside(reader, made.probe, aggregation, self.settings, self.asked.target, self.console)
-        found, missing = beside.calibrate(live.card, texts)
+        found, missing = beside.calibrate(live, texts)
         if missing:
             self._say(f"answers or completions would only be shadowed: {missing}")
         return widened(card, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
@@ -26,11 +27,14 @@ class Tracing:
         probes, spell, n_prompt = tuple(self._probes()), self._template.tokenizer.decode, len(prompt.token_ids)
 
         def take(first: int, ids: Sequence[int], rows: Scores) -> None:
+            if rows.shape[1] != len(probes):  # others have been promoted in between
+                return
             for position, (token, row) in enumerate(zip(ids, rows.tolist(), strict=True), first):
                 phase = Phase.PROMPT if position < n_prompt else Phase.RESPONSE
                 scores = {name: round(score, 5) for name, score in zip(probes, row, strict=True)}
                 event = {"position": position, "token": spell([token]), "phase": phase, "scores": scores}
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                with contextlib.suppress(RuntimeError):  # at shutdown the loop may be closed: nobody looks any more
+                    loop.call_soon_threadsafe(events.put_nowait, event)
 
         caller = Caller(route="internal", model=self._model)
         work = asyncio.create_task(

@@ -30,7 +30,12 @@ class Admission:
         if request.n > self.settings.max_sequences:
             raise RequestInvalid(f"n is {request.n}; send at most {self.settings.max_sequences}", "n")
         groups = [Group(list(self._choices(request, p, probes, deliver))) for p in range(len(request.prompts))]
+        longest = min(self.model.max_model_len, self.settings.max_model_len or self.model.max_model_len)
         for group in groups:
+            if group.leader.reserved > longest:
+                raise RequestInvalid(
+                    f"{group.leader.reserved} tokens do not fit into the model's {longest}; shorten it"
+                )
             if group.reserved > self.settings.kv_tokens:
                 raise RequestInvalid(
                     f"n x (prompt + max_tokens) is {group.reserved} tokens, this server holds "

@@ -27,12 +27,23 @@ class AnswerText:
     def add(self, token_id: int) -> bool:
         """Take a sampled token; True if a stop string is complete now."""
         searched = max(0, len(self._text) - max((len(s) for s in self._stop), default=1) + 1)
-        self._text += self._stream.step(self._backend, token_id) or ""
+        self._text += self._piece(token_id)
         self._ends.append(len(self._text))
         found = [i for s in self._stop if (i := self._text.find(s, searched)) >= 0]
         if found:
             self._cut = min(found)
         return bool(found)
+
+    def _piece(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._backend, token_id) or ""
+        except Exception as error:  # that is all its class says
+            if "Invalid prefix" not in str(error):
+                raise
+            # A tokenizer that falls back to bytes has just read what came before in another way: a lone byte after a
+            # character of several. That part is out; it goes on from here.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._backend, token_id) or ""
 
     def release(self, n_tokens: int, final: bool) -> str:
         """The text not yet released of the first n_tokens tokens.

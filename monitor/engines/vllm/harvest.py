@@ -93,8 +93,12 @@ class VllmHarvest:
 
         async def one(index: int) -> None:
             ids, spans = sequences[index]
-            async with free:
-                came.put((index, await averages(self._engine, ids, spans, len(self.layers))))
+            means = None
+            try:
+                async with free:
+                    means = await averages(self._engine, ids, spans, len(self.layers))
+            finally:  # whatever went wrong: somebody waits for it
+                came.put((index, means))
 
         async def every() -> None:
             async with asyncio.TaskGroup() as group:

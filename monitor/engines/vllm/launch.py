@@ -39,6 +39,7 @@ _OURS = (
     "--dtype",
 )
 
+_TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 # Settings of the embedded engine that vLLM has arguments of its own for.
 _VLLM_HAS = {
     "max_sequences": "vLLM's --max-num-seqs",
@@ -108,6 +109,12 @@ def parse(settings: Settings, extra: Sequence[str], name: str, dtype: str) -> An
         own += ["--served-model-name", *dict.fromkeys([settings.model, name])]
     arguments = parser.parse_args([*own, *extra])
     validate_parsed_serve_args(arguments)
+    tls = next((name for name in _TLS if getattr(arguments, name, None)), None)
+    if tls is not None:  # by what it comes to: a name may be spelled in ways, and stand in vLLM's own --config
+        raise ConfigInvalid(
+            f"--{tls.replace('_', '-')} is not supported: Midstream speaks plain HTTP; put a TLS proxy "
+            "in front (SECURITY.md)"
+        )
     return arguments
 
 

@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from monitor.engines.vllm.call import CALL, Averages, Call
 from monitor.reread import Pooled
 from monitor.types import Turn
 
 _LATER = 2**20  # of vLLM's priorities, where the operator has chosen that policy: the smallest goes first
+REFUSED = (VLLMValidationError, GracefulHTTPError, EngineGenerateError, EngineDeadError)
+"""Too long, its queue is full, this request has failed, or the engine has."""
 _EVERY_S = 1.0
 _LOOK_S = 0.05
 
@@ -38,7 +40,7 @@ async def averages(engine: Any, ids: Sequence[int], spans: Sequence[Turn], n_lay
     try:
         async for _ in engine.generate(request, params, call.id, priority=_LATER):
             pass
-    except (VLLMValidationError, EngineDeadError):
+    except REFUSED:
         return None
     finally:
         CALL.reset(token)
@@ -77,8 +79,11 @@ class VllmRereading:
         while self._active() and self._loop.time() < self._not_before:  # noqa: ASYNC110 - others end without telling
             await asyncio.sleep(_LOOK_S)
         self._not_before = self._loop.time() + _EVERY_S
-        means = await averages(self._engine, ids, spans, len(self.layers))
-        done(None if means is None else means[:, [self.layers.index(layer) for layer in layers]])
+        means = None
+        try:
+            means = await averages(self._engine, ids, spans, len(self.layers))
+        finally:  # without an answer nothing would be read any more
+            done(None if means is None else means[:, [self.layers.index(layer) for layer in layers]])
 
     def close(self) -> None:
         if self._task is not None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.call import CALL, Call, Given
@@ -64,6 +64,8 @@ class VllmScorer:
             raise RequestInvalid(str(error)) from error
         except EngineDeadError as error:
             raise Overloaded("the engine has died, the server is shutting down; try again later") from error
+        except (GracefulHTTPError, EngineGenerateError) as error:  # its queue is full, or this request has failed
+            raise Overloaded("vLLM takes no more requests now; try again later") from error
         finally:
             CALL.reset(token)
         return call.records[0]
