@@ -16,7 +16,6 @@ from probes_store.calibration import STALE_HIGH, STALE_LOW, clopper_pearson, is_
 from training import metrics
 from training.metrics import Array, Figure, Flips, Sample, Unsupported
 
-"""Times the target that a false-positive rate may be."""
 MARGIN = 0.02
 """Of AUROC, and of recall on flipped rows: what a candidate may lose to the live probe."""
 _MOST_ROWS = 1_000_000
