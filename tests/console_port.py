@@ -45,7 +45,7 @@ class FakeProbes:
     def _choice(self):
         return Choice("demo", self.live, self.previous, self.candidate)
 
-    async def promote(self, probe, version):
+    async def promote(self, probe, version, fewer=False):
         self.asked.append(("promote", probe, version))
         if version not in ("v1", "v2"):
             raise ConfigInvalid(f"there is no version {version}")

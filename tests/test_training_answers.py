@@ -52,7 +52,7 @@ def test_the_card_has_both_blocks_and_one_phase(trained):
     assert stored.card.layers == (1, 2) and set(stored.weight) == {1, 2}
     assert set(stored.card.calibration) == {"chat"} and set(stored.card.calibration["chat"]) == {"response"}
     assert stored.card.metrics["held_out"]["logistic_regression"]["auroc"] > 0.95
-    assert stored.card.platt is not None and stored.card.platt.positive > 20
+    assert stored.card.platt is None, "probabilities are of prompts, and these rows' labels are about their answers"
 
 
 def test_it_may_block_answers_only(trained, tiny):
