@@ -70,7 +70,7 @@ def server(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts_in_shadow(demo, tmp_path_factory):
-    process = Process(tmp_path_factory.mktemp("shadow"), "--mode", "harmful-intent.prompt=shadow")
+    process = Process(tmp_path_factory.mktemp("shadow"), "--mode", "harmful-intent.prompt=shadow", "--target-fpr", "0.02")
     yield process
     process.stop()
 

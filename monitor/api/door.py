@@ -18,6 +18,9 @@ from monitor.api.sinks import Sinks
 from monitor.audit import Audit
 from monitor.errors import ConfigInvalid
 
+_BACKLOG = 2048
+"""uvicorn's."""
+
 
 def open_socket(host: str, port: int, instead: str = "--port or --host") -> socket.socket:
     """Bind before the model is loaded: a taken port is known in a moment. raises: ConfigInvalid"""
@@ -30,6 +33,13 @@ def open_socket(host: str, port: int, instead: str = "--port or --host") -> sock
         listener.close()
         raise ConfigInvalid(f"can't listen on {host}:{port}: {error.strerror}; choose another {instead}") from error
     return listener
+
+
+def listening(bound: socket.socket) -> tuple[str, int]:
+    """Who reads `ready` may connect: until the server takes them, connections wait. Returns host and port."""
+    bound.listen(_BACKLOG)
+    host, port = bound.getsockname()[:2]
+    return host, port
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from monitor.api.admin.control import Serving
 from monitor.api.app import create_app
-from monitor.api.door import admin_door, open_socket, plainly
+from monitor.api.door import admin_door, listening, open_socket, plainly
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
@@ -119,7 +119,7 @@ def serve(settings: Settings) -> int:
         server.append(Server(config, engine, beside))
         engine.start()
         console.print(summary(model.name, model.dtype, live, off))
-        host, port = listener.getsockname()[:2]
+        host, port = listening(listener)
         console.print(f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)", highlight=False)
         with pulse(metrics, engine.readiness, sinks.beat):
             server[0].run(sockets=[listener])

@@ -12,7 +12,7 @@ import uvicorn
 from rich.console import Console
 
 from monitor.api.admin.control import Serving
-from monitor.api.door import admin_door, open_socket, plainly
+from monitor.api.door import admin_door, listening, open_socket, plainly
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
@@ -70,7 +70,7 @@ def serve(settings: Settings) -> int:
         stack.callback(observers.stop)
         stack.callback(engine.stop)
         console.print(summary(observer.model.name, observer.model.dtype, live, loaded.off))
-        host, port = listener.getsockname()[:2]
+        host, port = listening(listener)
         where = f"http://{host}:{port}/v1  ->  {shown(settings.upstream or '')}"
         console.print(f"[bold]midstream ready[/] on {where}  (metrics: /metrics)", highlight=False)
         with pulse(metrics, engine.readiness, sinks.beat):

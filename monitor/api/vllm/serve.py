@@ -22,7 +22,7 @@ from vllm.entrypoints.launchers.launcher import serve_http
 
 from monitor.api.admin.control import Serving
 from monitor.api.app import bare_app
-from monitor.api.door import Door, admin_door, open_socket, plainly
+from monitor.api.door import Door, admin_door, listening, open_socket, plainly
 from monitor.api.edge import Edge
 from monitor.api.hangup import remember_hangups
 from monitor.api.judging import Judging
@@ -133,7 +133,7 @@ async def _serve(prepared: Plan, listener: socket.socket, sinks: Sinks, door: Do
         app = await build(running, sinks.metrics, door.edge)
         announce(prepared.model.name, prepared.live, lambda: float(running.judge.active), sinks)
         console.print(summary(prepared.model.name, running.dtype, prepared.live, running.off))
-        host, port = listener.getsockname()[:2]
+        host, port = listening(listener)
         ready = f"[bold]midstream ready[/] on http://{host}:{port}/v1  (metrics: /metrics)"
         saying = asyncio.create_task(_say_when_listening(app, console, ready))
         ordered = _note_shutdown(running.engine)
