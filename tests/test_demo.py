@@ -70,7 +70,8 @@ def server(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts_in_shadow(demo, tmp_path_factory):
-    process = Process(tmp_path_factory.mktemp("shadow"), "--mode", "harmful-intent.prompt=shadow", "--target-fpr", "0.02")
+    arguments = ("--mode", "harmful-intent.prompt=shadow", "--target-fpr", "0.02")
+    process = Process(tmp_path_factory.mktemp("shadow"), *arguments)
     yield process
     process.stop()
 
