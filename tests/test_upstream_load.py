@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -52,11 +53,13 @@ class Proxy(Process):
 
     def load(self, every_s, seconds, watch=lambda: None):
         how = {"words": WORDS, "every_s": every_s, "seconds": seconds, "ramp_s": min(FIRST_S, WORDS * every_s)}
-        with listening(port=self.port, streams=STREAMS, **how) as clients:
-            while clients.poll() is None:
+        with listening(port=self.port, streams=STREAMS, **how) as clients, ThreadPoolExecutor(1) as reader:
+            # Read all the while: what they say at the end is more than a pipe holds.
+            found = reader.submit(heard, clients)
+            while not found.done():
                 watch()
                 time.sleep(1)
-            return heard(clients)
+            return found.result()
 
     def memory(self):
         """MiB."""
