@@ -42,6 +42,7 @@ from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
 from probes_store.store import Store
 
+from .fake_upstream import FakeUpstream
 from .star import fit_star_probe
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
@@ -256,6 +257,14 @@ class LiveServer:
 
     def metric(self, name: str, **labels: str) -> float:
         return self.sink.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[FakeUpstream]:
+    """A scripted endpoint to stand in front of."""
+    fake = FakeUpstream()
+    yield fake
+    fake.close()
 
 
 Serve = Callable[..., LiveServer]

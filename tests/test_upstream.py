@@ -9,16 +9,9 @@ import pytest
 from monitor.types import Action, Mode, Terms
 
 from .fake_observer import FakeObserver, Reply, proxying, rules
-from .fake_upstream import DONE, HANG, FakeUpstream, chat_chunk, chat_stream, chat_whole, event, head, json_answer
+from .fake_upstream import DONE, HANG, chat_chunk, chat_stream, chat_whole, event, head, json_answer
 
 STREAM = pytest.mark.parametrize("stream", [False, True])
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

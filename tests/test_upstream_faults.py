@@ -24,7 +24,6 @@ from .fake_upstream import (
     DONE,
     HANG,
     RESET,
-    FakeUpstream,
     chat_chunk,
     chat_stream,
     chat_whole,
@@ -38,13 +37,6 @@ from .web import percentile, until, whole
 STREAM = pytest.mark.parametrize("stream", [False, True])
 TEXT = "Once upon a time there was a café."
 QUICK = Bounds(retries=0, first_s=5, read_s=1, connect_s=2, failures=1000)
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,10 @@ import pytest
 from monitor.types import Action
 
 from .fake_observer import Reply, proxying
-from .fake_upstream import DONE, FakeUpstream, chat_chunk, chat_whole, event, head, json_answer
+from .fake_upstream import DONE, chat_chunk, chat_whole, event, head, json_answer
 
 STREAM = pytest.mark.parametrize("stream", [False, True])
 SPELLED = [{"token": c, "logprob": -1.0, "bytes": [ord(c)], "top_logprobs": []} for c in "aa*b"]
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,9 @@ import pytest
 from monitor.types import Action, Terms
 
 from .fake_observer import HTTP, Reply, proxying
-from .fake_upstream import DONE, HANG, FakeUpstream, event, head, json_answer, text_chunk
+from .fake_upstream import DONE, HANG, event, head, json_answer, text_chunk
 
 STREAM = pytest.mark.parametrize("stream", [False, True])
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

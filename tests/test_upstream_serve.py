@@ -12,7 +12,7 @@ from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 
 from .conftest import calibrated, publish
-from .fake_upstream import FakeUpstream, chat_stream, chat_whole, head, json_answer
+from .fake_upstream import chat_stream, chat_whole, head, json_answer
 from .star import fit_star_probe
 from .test_demo import Process
 
@@ -32,13 +32,6 @@ def settings(tiny_folder, tmp_path_factory):
     assert built.returncode == 0, built.stderr
     assert "3 blocks" in built.stdout or "2 blocks" in built.stdout, built.stdout
     return values
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    fake = FakeUpstream()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")
