@@ -76,6 +76,14 @@ class ChatTemplate:
         ends = [0, *itertools.accumulate((end for _, end in spans), max)]
         return [text[start:end] for start, end in itertools.pairwise(ends)]
 
+    def opening(self) -> tuple[int, ...]:
+        """What every conversation without a system message begins with; empty without a template."""
+        if not self.has_chat:
+            return ()
+        first, second = (self.encode([{"role": "user", "content": mark}]).token_ids for mark in _MARKS)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        return tuple(token for token, _ in same)
+
     def history_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """What precedes the newest turn, as ids: for a prompt that somebody else has rendered. Empty if unknown."""
         try:

@@ -1,12 +1,14 @@
 """T19, T20: by default no text is kept; where it is, it is redacted and encrypted, and only its key opens it."""
 
 import base64
+import contextlib
 import json
 import secrets
 import sqlite3
 import stat
 import sys
 
+import httpx
 import pytest
 
 from monitor.cli import main
@@ -155,6 +157,34 @@ def test_a_text_is_kept_by_choice_and_read_with_its_key(tmp_path, stream):
         find_said(settings.log, name, Cipher(OTHER))
     modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
     assert modes == {0o600}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_record_of_a_client_that_hung_up_has_its_digest_and_text(tmp_path, stream):
+    """The engine sees later than the server that nobody listens, and only then writes its record."""
+    settings = load_settings(records=tmp_path / "records.sqlite3", log_text=True, log_key=KEY)
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hello"}], "stream": stream, "n": 2}
+    with scripted(settings) as server:
+        whole = ask(server, "hello", n=2)
+        with contextlib.suppress(httpx.ReadTimeout):
+            asking = {"json": body | {"max_tokens": 90_000}, "timeout": 0.5}
+            with server.client.stream("POST", "/v1/chat/completions", **asking) as response:
+                lines = response.iter_lines()
+                assert "data" in next(lines)
+        until(lambda: len(find_all(settings.records)) == 4)
+    digests = find_all(settings.records)
+    (gone,) = {name for name, _ in digests} - {whole}
+    assert len(set(digests.values())) == 1 and None not in digests.values()
+    said = find_said(settings.log, gone, Cipher(KEY))
+    assert sorted(said) == [0, 1] and {s["prompt"]["messages"][0]["content"] for s in said.values()} == {"hello"}
+    assert stream == any("a" in s["answer"] for s in said.values())
+
+
+def find_all(path):
+    """Digests by (request id, choice)."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT request_id, choice, digest FROM records").fetchall()
+    return {(name, choice): digest for name, choice, digest in rows}
 
 
 def kept_text(path, name="r1", cipher=None):

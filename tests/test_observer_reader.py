@@ -46,10 +46,10 @@ class ScriptedSession:
 
 
 @contextlib.contextmanager
-def reading(**bounds):
+def reading(opening=(), **bounds):
     session = ScriptedSession()
     model = ServedModel("m", "f", "float32", 2, 1, template=None)
-    observer = LocalObserver(session, model, None, [("p", "v1"), ("q", "v2")], Bounds(**bounds))
+    observer = LocalObserver(session, model, None, [("p", "v1"), ("q", "v2")], Bounds(**bounds), opening)
     assert observer.readiness() is not None
     observer.start()
     try:
@@ -103,6 +103,22 @@ def test_a_stream_reads_on_where_it_was(case):
         }  # fmt: skip
 
     case(test)
+
+
+def test_what_every_prompt_begins_with_is_read_once(case):
+    async def test(observer, session):
+        for ids in ([1, 2, 3, 4, 5], [1, 2, 3, 6], [1, 2, 3], [1, 2, 4, 5], [7]):
+            stream = await observer.open(ids)
+            np.testing.assert_array_equal(stream.scores, rows(ids))
+            np.testing.assert_array_equal(await stream.read([9]), rows([9], len(ids)))
+        with pytest.raises(TooLong, match="has 513 tokens"):
+            await observer.open([1, 2, 3] * 171)
+        with pytest.raises(RequestInvalid, match="between 0 and 999"):
+            await observer.open([1, 2, 3, 1000])
+        assert observer.describe()["tokens"] == 5 * 64
+        assert session.batches == [[3], [2], [1], [1], [1], [3], [1], [4], [1], [1], [1]]
+
+    case(test, opening=[1, 2, 3])
 
 
 def test_a_long_prompt_is_read_in_bounded_parts_and_answers_pass_it(case):

@@ -22,6 +22,15 @@ def test_content_and_closing_count(demo):
     assert prompt.newest == 0
 
 
+def test_what_every_conversation_begins_with(demo):
+    opening = demo.template.opening()
+    assert demo.tokenizer.decode(opening).endswith("<|im_start|>user\n") and len(opening) == 24
+    for text in ("Hello", "1", "", "Q"):
+        assert demo.template.encode([user(text)]).token_ids[:24] == opening
+    asked = demo.template.encode([{"role": "system", "content": "Be brief"}, user("Hello")])
+    assert asked.token_ids[:24] != opening
+
+
 def test_every_role_is_a_turn_and_the_newest_follows_the_last_answer(demo):
     messages = [
         {"role": "system", "content": "Be brief"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 MAX_CHARACTERS = 2**18
@@ -28,9 +28,9 @@ class Heard:
             if line.startswith(b"data: "):
                 self._add(line[6:])
 
-    def texts(self, choices: Iterable[int]) -> dict[int, str]:
-        """One for each of these choices, empty where nothing went out."""
-        return {i: "".join(self._parts.get(i, ())) for i in choices}
+    def texts(self) -> dict[int, str]:
+        """Of each choice of which something went out."""
+        return {i: "".join(parts) for i, parts in self._parts.items()}
 
     def _add(self, data: bytes) -> None:
         try:

@@ -45,14 +45,10 @@ class Recorded:
             await shaped(_unrecorded(), scope["path"])(scope, receive, send)
             return
         identity = own_id(scope)
-        with log.followed(identity) as receipt:
+        with log.followed(identity, lambda: Said(identity, asked.prompt, ending.heard.texts())) as receipt:
             asked = _Asked(log, receipt, receive)
             ending = _Ending(log, receipt, send, scope, self._refused)
-            try:
-                await self.app(scope, asked, ending)
-            finally:  # without an await: none completes once the client has left
-                if log.keeps_texts and receipt.choices:
-                    log.say(Said(identity, asked.prompt, ending.heard.texts(receipt.choices)))
+            await self.app(scope, asked, ending)
 
     def _refused(self) -> None:
         self._limited("record")
@@ -112,6 +108,7 @@ class _Ending:
         if self._log.keeps_texts:
             self.heard.take(message.get("body", b""), self._streams)
         await self._send(message)
+        self._receipt.whole = not message.get("more_body", False)
 
     async def _refuse(self) -> None:
         self._done = True

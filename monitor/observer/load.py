@@ -115,4 +115,5 @@ def observer_of(
     tolerance = settings.canary_tolerance or (INT8_TOLERANCE if int8 else None)
     off = live.check_canaries(model.template, lambda p: session.score(p.token_ids, bounds.max_step_tokens), tolerance)
     columns = [(p.name, p.card.version) for p in live.probes for _ in range(p.card.projections)]
-    return Loaded(LocalObserver(session, model, tokenizer, columns, bounds), live, built, off)
+    observer = LocalObserver(session, model, tokenizer, columns, bounds, model.template.opening())
+    return Loaded(observer, live, built, off)

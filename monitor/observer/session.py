@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,6 +47,12 @@ class Cache:
             self.data = grown
         self.data[:, :, :, self.length : end] = new.swapaxes(2, 3)
         self.length = end
+
+    def fork(self) -> Cache:
+        """Another that has read the same."""
+        twin = copy.copy(self)
+        twin.data = self.data.copy()
+        return twin
 
     def clear(self) -> None:
         self.data = self.data[:, :, :, :0].copy()

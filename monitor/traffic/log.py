@@ -114,6 +114,9 @@ class TrafficLog:
             self._queue.put_nowait(_Entry(record, receipt))
         except queue.Full:
             self._drop([receipt])
+            return
+        if receipt is not None and receipt.left is not None:
+            self.say(receipt.left.of([record.index]))
 
     def say(self, said: Said) -> None:
         """Texts of records that were put before. Dropped where there is no room, which `lost_texts` counts."""
@@ -178,13 +181,18 @@ class TrafficLog:
     # --- who ends an answer ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def followed(self, request_id: str) -> Iterator[Receipt]:
-        """A receipt of the request's records, inside of the block."""
+    def followed(self, request_id: str, said: Callable[[], Said]) -> Iterator[Receipt]:
+        """A receipt of the request's records, inside of the block. said: asked at its end, if texts are kept"""
         receipt = self._receipts.open(request_id)
         try:
             yield receipt
-        finally:
-            self._receipts.close(request_id)
+        finally:  # without an await: none completes once the client has left
+            if self.keeps_texts:
+                whole = said()
+                if choices := self._receipts.close(request_id, whole):
+                    self.say(whole.of(choices))
+            else:
+                self._receipts.close(request_id)
 
     async def kept(self, receipt: Receipt) -> bool:
         """Whether what ends an answer may go out: its record is written, or the log need not have it.

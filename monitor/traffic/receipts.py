@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import OrderedDict
+
+from monitor.traffic.text import Said
+
+_LEFT = 256
+_LEFT_CHARACTERS = 2**24
 
 
 class Receipt:
-    """Of one request. digest: of its prompt, for its records; choices: those that have a record
+    """Of one request. digest: of its prompt, for its records; choices: those that have a record; whole: its answer went
+    out to the end; left: what was said, for records that come after its client has gone
 
     Records are counted in by `expect` and out by `settle`, from any thread; `wait` is awaited in an event loop.
     """
@@ -16,6 +23,8 @@ class Receipt:
     def __init__(self, lock: threading.Lock) -> None:
         self.digest: str | None = None
         self.choices: list[int] = []
+        self.whole = False
+        self.left: Said | None = None
         self._lock = lock
         self._open = self._lost = 0
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -55,11 +64,17 @@ def _done(future: asyncio.Future[None]) -> None:
 
 
 class Receipts:
-    """Of the requests that are being answered, by request id; as many as the server answers at once."""
+    """Of the requests that are being answered, by request id; as many as the server answers at once.
+
+    An engine notices a moment later than the server that a client has gone, and then hands its record over: the newest
+    of those requests are remembered, a bounded number of them, so that their records have a digest and texts too.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._of: dict[str, Receipt] = {}
+        self._gone: OrderedDict[str, Receipt] = OrderedDict()
+        self._gone_characters = 0
 
     def open(self, request_id: str) -> Receipt:
         receipt = Receipt(self._lock)
@@ -67,14 +82,29 @@ class Receipts:
             self._of[request_id] = receipt
         return receipt
 
-    def close(self, request_id: str) -> None:
+    def close(self, request_id: str, said: Said | None = None) -> list[int]:
+        """Its client has its answer, or has gone. said: what went both ways; returns the choices that have a record"""
         with self._lock:
-            self._of.pop(request_id, None)
+            receipt = self._of.pop(request_id, None)
+            if receipt is None:
+                return []
+            if not receipt.whole and receipt.digest is not None:
+                receipt.left = said
+                self._gone[request_id] = receipt
+                self._gone_characters += _size(receipt)
+                while len(self._gone) > _LEFT or self._gone_characters > _LEFT_CHARACTERS:
+                    self._gone_characters -= _size(self._gone.popitem(last=False)[1])
+            return list(receipt.choices)
 
     def expect(self, request_id: str, choice: int) -> Receipt | None:
         """The receipt that waits for this record. A request that judges several texts names them ID, ID-1, ID-2, ..."""
         with self._lock:
-            receipt = self._of.get(request_id.partition("-")[0])
+            name = request_id.partition("-")[0]
+            receipt = self._of.get(name) or self._gone.get(name)
             if receipt is not None:
                 receipt.expect(choice)
             return receipt
+
+
+def _size(receipt: Receipt) -> int:
+    return 0 if receipt.left is None else receipt.left.size

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class Said:
     request_id: str
     prompt: Any
     answers: Mapping[int, str]
+
+    def of(self, choices: Iterable[int]) -> Said:
+        """The same request, with an answer for each of these choices: empty where nothing went out."""
+        return Said(self.request_id, self.prompt, {i: self.answers.get(i, "") for i in choices})
 
     @property
     def size(self) -> int:

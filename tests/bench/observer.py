@@ -5,8 +5,6 @@ values. Then, given labelled files, what int8 changes: AUROC, and verdicts at th
 `python -m tests.bench.observer [CAP_S [FILE.jsonl ...]]`
 """
 
-import copy
-import itertools
 import os
 import sys
 import time
@@ -41,7 +39,7 @@ class Ours:
         self.caches = [Cache(session.shape) for _ in range(streams)]
         session.step([(self.caches[0], self.ids[0][:PROMPT])])
         for i in range(1, streams):  # what a prompt says makes no step slower: one is read for all
-            self.caches[i] = fork(self.caches[0])
+            self.caches[i] = self.caches[0].fork()
 
     def rate(self) -> float:
         """Tokens/s of STEPS steps after the prompts."""
@@ -51,12 +49,6 @@ class Ours:
         for step in range(PROMPT, PROMPT + STEPS):
             self.session.step([(c, ids[step : step + 1]) for c, ids in zip(self.caches, self.ids, strict=True)])
         return len(self.caches) * STEPS / (time.perf_counter() - began)
-
-
-def fork(cache: Cache) -> Cache:
-    twin = copy.copy(cache)
-    twin.data = cache.data.copy()
-    return twin
 
 
 class Theirs:
@@ -126,13 +118,11 @@ def changes(int8, float32, file: Path) -> None:
         session = Session(loaded.built, THREADS)
         encode = loaded.observer.template.encode
         prompts = [encode([{"role": "user", "content": row.text}]) for row in rows]
-        texts_ids, begun = [p.token_ids for p in prompts], Cache(session.shape)
-        pairs = zip(min(texts_ids), max(texts_ids), strict=False)
-        shared = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        begun, shared = Cache(session.shape), loaded.observer.template.opening()
         (head,) = session.step([(begun, shared)])
         for start in range(0, len(prompts), GROUP):
             group = prompts[start : start + GROUP]
-            scores = session.step([(fork(begun), p.token_ids[len(shared) :]) for p in group])
+            scores = session.step([(begun.fork(), p.token_ids[len(shared) :]) for p in group])
             for prompt, found in zip(group, scores, strict=True):
                 watch = Watch(prompt, rules)
                 watch.advance(0, np.concatenate([head, found]))

@@ -40,7 +40,7 @@ class Size:
 
 
 SAMPLE = Size(8, 2.0, 2.0, 2, 8, 10, 20, 100, 5.0)
-FULL = Size(128, 10.0, 30.0, 50, 4, 75, 200, 500, 60.0)  # RELIABILITY.md's
+FULL = Size(128, 10.0, 30.0, 50, 1, 75, 200, 500, 60.0)  # RELIABILITY.md's; more choices would queue for the engine
 POLICY = "name: first\nprobes:\n  random:\n    prompt: {mode: block}\n    response: {mode: block}\n"
 
 
