@@ -99,8 +99,8 @@ def test_probes_are_listed_and_their_counters_start_at_zero():
         "chat": [Rule("demo", "v1", 0, Phase.PROMPT, Mode.BLOCK, 1.5, how, "closed")],
         "raw": [Rule("demo", "v1", 0, Phase.PROMPT, Mode.SHADOW, None, how, "closed")],
     }
-    metrics.probes([("demo", "v1", "ab" * 32, "2")], rules)
-    assert value(metrics, "probe_info", probe="demo", version="v1", sha256="ab" * 8, layers="2") == 1
+    metrics.probes([("demo", "v1", "ab" * 32, "2", "harm")], rules)
+    assert value(metrics, "probe_info", probe="demo", version="v1", sha256="ab" * 8, layers="2", kind="harm") == 1
     assert value(metrics, "threshold_logit", probe="demo", phase="prompt", format="chat") == 1.5
     assert value(metrics, "threshold_logit", probe="demo", phase="prompt", format="raw") is None
     for name in ("flags_total", "blocks_total", "would_block_total"):
@@ -141,7 +141,7 @@ def test_readme_has_the_table():
 
 def test_every_row_is_exposed_and_nothing_else():
     metrics = Metrics()
-    metrics.probes([("demo", "v1", "ab" * 32, "2")], {})
+    metrics.probes([("demo", "v1", "ab" * 32, "2", "harm")], {})
     families = {f.name for f in metrics.registry.collect()}
     assert families == {f"midstream_{m.name}" for m in TABLE} and len(families) == len(TABLE)
     assert series() >= {m.exposed for m in TABLE}
@@ -203,7 +203,7 @@ from tests.test_records import record
 metrics = Metrics(model="m")
 metrics.read("active_sequences", lambda: float(sys.argv[1]))
 metrics.read("review_backlog", lambda: 3.0)
-metrics.probes([("demo", sys.argv[2], "ab" * 32, "2")], {})
+metrics.probes([("demo", sys.argv[2], "ab" * 32, "2", "harm")], {})
 for _ in range(int(sys.argv[1])):
     metrics.record(record())
 with pulse(metrics, lambda: None):
@@ -241,7 +241,14 @@ def test_several_processes_add_up(tmp_path):
     first, second = Process(tmp_path, 2, "v1"), Process(tmp_path, 3, "v2")
     requests = ("midstream_requests_total", ("action", "allow"), ("model", "m"), ("policy", "default"))
     versions = [
-        ("midstream_probe_info", ("layers", "2"), ("probe", "demo"), ("sha256", "ab" * 8), ("version", v))
+        (
+            "midstream_probe_info",
+            ("kind", "harm"),
+            ("layers", "2"),
+            ("probe", "demo"),
+            ("sha256", "ab" * 8),
+            ("version", v),
+        )
         for v in ("v1", "v2")
     ]
     both = second.scrape()

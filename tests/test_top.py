@@ -201,7 +201,7 @@ def page():
     """Our own metrics after some traffic, as text."""
     metrics = Metrics(model="tiny-llama")
     rules = [Rule("demo", "v1", 0, phase, Mode.BLOCK, 1.5, Aggregation("mean"), "closed") for phase in Phase]
-    metrics.probes([("demo", "v1", "ab" * 32, "2")], {"chat": rules})
+    metrics.probes([("demo", "v1", "ab" * 32, "2", "harm")], {"chat": rules})
     for gauge, value in (
         ("target_fpr_ratio", 0.005), ("observed_flag_ratio", 0.012), ("observed_flag_ratio_low", 0.0081),
         ("observed_flag_ratio_high", 0.0171), ("drift_psi_ratio", 0.31),

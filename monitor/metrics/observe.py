@@ -88,15 +88,15 @@ class Metrics:
 
     def probes(
         self,
-        probes: Sequence[tuple[str, str, str, str]],
+        probes: Sequence[tuple[str, str, str, str, str]],
         rules: Mapping[Format, Sequence[Rule]],
         references: Mapping[tuple[str, Phase, Format], Reference] | None = None,
         policies: Iterable[str] = (),
     ) -> None:
         """What serves from now on. What served before and is no more is shown no longer.
 
-        probes: (name, version, sha256, layers); rules: per format; references: what the cards say of benign values
-        policies: their names
+        probes: (name, version, sha256, layers, kind); rules: per format
+        references: what the cards say of benign values; policies: their names
         """
         for name in _OF_PROBES:
             forget(getattr(self, name))
@@ -105,8 +105,8 @@ class Metrics:
             for metric in TABLE:
                 if "probe" in metric.labels:
                     forget_probe(getattr(self, metric.name), candidate)
-        for name, version, sha256, layers in probes:
-            self.probe_info.labels(name, version, sha256[:16], layers).set(1)
+        for name, version, sha256, layers, kind in probes:
+            self.probe_info.labels(name, version, sha256[:16], layers, kind).set(1)
             for phase in Phase:
                 for counter in (self.flags, self.blocks, self.would_block):
                     counter.labels(self.model, name, phase)

@@ -112,7 +112,11 @@ TABLE = (
         merge="livemostrecent",
     ),
     Metric(
-        "gauge", "probe_info", "1 for each probe in service.", ("probe", "version", "sha256", "layers"), merge="livemax"
+        "gauge",
+        "probe_info",
+        "1 for each probe in service.",
+        ("probe", "version", "sha256", "layers", "kind"),
+        merge="livemax",
     ),
     # overhead
     Metric("histogram", "score_seconds", "Judging one step of the engine, all its sequences.", (), SECONDS),

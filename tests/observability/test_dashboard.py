@@ -176,7 +176,7 @@ class Server:
         ]
         edges = tuple(i / 2 - 2 for i in range(9))
         references = {(PROBE, phase, "chat"): Reference(edges, 1.7, 0.005) for phase in Phase}
-        self.metrics.probes([(PROBE, "v1", "ab" * 32, "15")], {"chat": rules}, references)
+        self.metrics.probes([(PROBE, "v1", "ab" * 32, "15", "harm")], {"chat": rules}, references)
         for name, value in (
             ("active_sequences", 3),
             ("waiting_prompts", 1),

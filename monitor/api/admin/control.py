@@ -112,7 +112,8 @@ def show_probes(metrics: Metrics, live: LiveProbes) -> None:
             if rule.threshold is not None and calibration is not None:
                 target = calibration.rate(rule.threshold)
                 references[rule.probe, rule.phase, form] = Reference(calibration.deciles, rule.threshold, target)
-    shown = [(p.name, p.card.version, p.card.sha256, ",".join(map(str, p.card.layers))) for p in live.probes]
+    cards = [(p.name, p.card) for p in live.probes]
+    shown = [(name, c.version, c.sha256, ",".join(map(str, c.layers)), c.kind) for name, c in cards]
     metrics.probes(shown, live.rules, references, live.policies)
     if metrics.shift.watched:
         metrics.shift.expect(harmless(live))
