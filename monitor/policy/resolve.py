@@ -89,8 +89,10 @@ def _rule(
         if said.escalates and mode is Mode.BLOCK:
             escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
     except ValueError as error:
-        # Asked for by name, on the route everybody uses: refuse. Else it can only be shadowed.
-        if said.mode not in (None, Mode.SHADOW) and form == "chat":
+        # On the route everybody uses, what was asked for by name is refused, and so is a rate at which a probe that
+        # blocks could not any more: nobody disarms it by asking for fewer false alarms. Else it can only be shadowed.
+        asked = said.mode not in (None, Mode.SHADOW) or mode is Mode.BLOCK
+        if asked and form == "chat":
             raise ConfigInvalid(
                 f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
                 "with more benign rows, raise target_fpr, or set the mode to shadow"
