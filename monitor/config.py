@@ -60,8 +60,8 @@ class Settings(BaseSettings):
     # Verdicts: a policy file, or for everybody alike the four below
     policy: Path | None = None
     modes: dict[str, dict[Phase, Mode]] = Field(default_factory=dict)
-    """Probe -> phase -> mode. Default: block for a shipped harm probe, or one retrained from it, where it is calibrated;
-    else shadow."""
+    """Probe -> phase -> mode. Default: block for a shipped harm probe, or one retrained from it, where it is
+    calibrated, else shadow."""
     target_fpr: float = Field(0.01, gt=0, lt=0.5)
     """Share of benign requests that may be blocked: split evenly over blocking probes and their phases."""
     fail_mode: Literal["closed", "open"] = "closed"
