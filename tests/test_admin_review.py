@@ -11,7 +11,7 @@ import pytest
 from monitor.api.admin.lensing import Lensing
 from monitor.config import load_settings
 from monitor.traffic import count_unlabelled, find_labels
-from monitor.traffic.turns import turns_of
+from monitor.traffic.turns import is_text, turns_of
 from monitor.types import Action
 
 from .admin_port import BEARER, ID, events
@@ -177,7 +177,11 @@ def test_without_the_key_of_the_texts_there_are_none(tmp_path):
         (None, []),
         (chat("a", "b"), [("user", "a"), ("assistant", "b")]),
         ({"prompt": "text"}, [("", "text")]),
-        ({"prompt": ["one", "two"]}, [("", "two")]),
+        ({"prompt": ["one", "two", "three", "four", "five"]}, [("", "four")]),
+        ({"prompt": ["one", "two"], "n": 2}, [("", "two")]),
+        ({"prompt": ["one", "two", "three"], "n": 2}, [("", "two")]),
+        ({"prompt": ["one", "two"], "n": None}, [("", "two")]),
+        ({"prompt": [[1], [2], [3], [4]]}, [("", "[4]")]),
         ({"prompt": [1, 2, 3]}, [("", "[1, 2, 3]")]),
         ({"input": "hi", "instructions": "be kind"}, [("system", "be kind"), ("user", "hi")]),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}, [("user", "hi")]),
@@ -191,7 +195,12 @@ def test_without_the_key_of_the_texts_there_are_none(tmp_path):
     ],
 )
 def test_a_prompt_of_any_route_is_turns(prompt, turns):
-    assert [(t["role"], t["content"]) for t in turns_of(prompt, 3, 4)] == turns
+    assert [(t["role"], t["content"]) for t in turns_of(prompt, 3)] == turns
+
+
+def test_token_ids_are_no_text():
+    assert is_text(turns_of({"prompt": "[1, 2"}, 0)) and is_text(turns_of({"input": "[1]", "instructions": "a"}, 0))
+    assert not is_text(turns_of({"prompt": [1, 2]}, 0)) and not is_text(turns_of({"prompt": [[1], [2, 3]]}, 1))
 
 
 # --- the lens -------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_a_text_is_kept_by_choice_and_read_with_its_key(tmp_path, stream):
             "/v1/completions",
             json={"model": "scripted", "prompt": "go on", "max_tokens": 3, "stream": stream},
         ).headers["x-midstream-request-id"]
-    said = {"prompt": {"messages": [{"role": "user", "content": "write to [mail]"}]}, "answer": "abcd"}
+    said = {"prompt": {"messages": [{"role": "user", "content": "write to [mail]"}], "n": 2}, "answer": "abcd"}
     assert find_said(settings.log, name, Cipher(KEY)) == {0: said, 1: said}
     assert find_said(settings.log, plain, Cipher(KEY)) == {0: {"prompt": {"prompt": "go on"}, "answer": "abc"}}
     assert find_said(settings.log, "other", Cipher(KEY)) == {}

@@ -76,7 +76,8 @@ class _Asked:
         prompt = {name: data[name] for name in _PROMPT if name in data} if isinstance(data, dict) else {}
         if prompt:
             self._receipt.digest = self._log.digest(prompt)
-            self.prompt = prompt if self._log.keeps_texts else None
+            many = {"n": data["n"]} if "n" in data else {}  # tells which of several prompts a choice answers
+            self.prompt = prompt | many if self._log.keeps_texts else None
 
 
 class _Ending:

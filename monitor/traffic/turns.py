@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+_IDS = re.compile(r"\[\d+(, \d+)*\]")
 
-def turns_of(prompt: Any, choice: int, n_choices: int) -> list[dict[str, str]]:
+
+def turns_of(prompt: Any, choice: int) -> list[dict[str, str]]:
     """{role, content} of what a client sent, on any route; role "" where the text is no conversation.
 
-    choice, n_choices: of a list of prompts each has as many choices as the others
+    choice: of a list of prompts each has `n`, one after another
     """
     if not isinstance(prompt, Mapping):
         return []
@@ -20,9 +23,16 @@ def turns_of(prompt: Any, choice: int, n_choices: int) -> list[dict[str, str]]:
     given = next((prompt[n] for n in ("prompt", "input", "texts") if prompt.get(n)), None)
     if isinstance(given, list) and given and all(isinstance(m, Mapping) and "role" in m for m in given):
         return turns + [_turn(m) for m in given]
-    if isinstance(given, list) and given and all(isinstance(text, str) for text in given):
-        given = given[min(choice * len(given) // max(1, n_choices), len(given) - 1)]
+    if isinstance(given, list) and given and all(isinstance(each, str | list) for each in given):
+        each_has = prompt.get("n")
+        each_has = each_has if isinstance(each_has, int) and each_has > 0 else 1
+        given = given[min(choice // each_has, len(given) - 1)]
     return turns if given is None else [*turns, {"role": "user" if turns else "", "content": _text(given)}]
+
+
+def is_text(turns: list[dict[str, str]]) -> bool:
+    """Whether somebody wrote them: not token ids, which a client may send in place of a text."""
+    return not any(turn["role"] == "" and _IDS.fullmatch(turn["content"]) for turn in turns)
 
 
 def _turn(message: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ from monitor.errors import RequestInvalid
 from monitor.traffic import Cipher, find_said
 from monitor.traffic.labelled import Labelled
 from monitor.traffic.review import Label
-from monitor.traffic.turns import turns_of
+from monitor.traffic.turns import is_text, turns_of
 from monitor.types import Prompt
 from probes_store.card import Card
 from training.progress import progress
@@ -32,8 +32,8 @@ def read_said(
         for one in labelled:
             said = find_said(settings.log, one.request_id, cipher)
             if one.choice in said:
-                turns = turns_of(said[one.choice]["prompt"], one.choice, len(said))
-                if (prompt := _prompt(reader, turns)) is not None:
+                turns = turns_of(said[one.choice]["prompt"], one.choice)
+                if is_text(turns) and (prompt := _prompt(reader, turns)) is not None:
                     found.append((one, prompt))
     x = np.zeros((len(found), len(card.layers), card.d_model))
     if found:

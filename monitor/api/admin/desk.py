@@ -90,7 +90,7 @@ class Desk:
         texts, why = self._texts(key)
         choices = [
             {"record": body, "labels": find_labels(self.where, key, body["index"])}
-            | self._conversation(texts.get(body["index"]), body, len(found))
+            | self._conversation(texts.get(body["index"]), body)
             for body in found
         ]
         return {"id": key, "choices": choices, "no_text": why, "lens": self.lens is not None and bool(texts)}
@@ -105,11 +105,11 @@ class Desk:
             return {}, str(error)
         return texts, None if texts else "no text of this request was kept"
 
-    def _conversation(self, text: Mapping[str, Any] | None, body: Mapping[str, Any], n: int) -> dict[str, Any]:
+    def _conversation(self, text: Mapping[str, Any] | None, body: Mapping[str, Any]) -> dict[str, Any]:
         """turns, answer: None without text; tokens: by position, None where the text no longer fits the scores"""
         if text is None:
             return {"turns": None, "answer": None, "tokens": {"prompt": None, "answer": None}}
-        turns, answer = turns_of(text["prompt"], body["index"], n), str(text["answer"])
+        turns, answer = turns_of(text["prompt"], body["index"]), str(text["answer"])
         tokens = {
             "prompt": spell_prompt(self.template, turns, body),
             "answer": spell_answer(self.template, answer, body),
@@ -122,7 +122,7 @@ class Desk:
         texts, why = self._texts(key)
         if choice not in texts:
             raise ConfigInvalid(why or f"no text of choice {choice} of request {key!r} was kept")
-        turns = turns_of(texts[choice]["prompt"], choice, len(texts))
+        turns = turns_of(texts[choice]["prompt"], choice)
         answer = str(texts[choice]["answer"])
         role = "" if any(turn["role"] == "" for turn in turns) else "assistant"
         return [*turns, *([{"role": role, "content": answer}] if answer else [])]
