@@ -92,6 +92,12 @@ class PromptTrack(_Track):
         self.action = outcome(rule, _known(self.value), _known(self.newest))
         return self.action
 
+    @property
+    def in_doubt(self) -> float:
+        """What a second judge is asked about, and what other probes' questions hear: where history may not block, the
+        newest turn's value, or one refused turn would speak in every later question."""
+        return self.value if self.rule.on_history is Mode.BLOCK else self.newest
+
     def stop(self) -> None:
         """Without all of its scores the prompt has no value."""
         self.broken = True
@@ -109,13 +115,16 @@ class AnswerTrack(_Track):
     """A probe's verdict on the answer. Its running value is among those of all probes, in `AnswerTracks`, and it is
     asked only about tokens where that is above the limit."""
 
-    __slots__ = ("_above", "_high", "_index", "_n_prompt", "_n_seen", "_quiet_until", "_running", "_within")
+    __slots__ = ("_above", "_high", "_index", "_n_prompt", "_n_seen", "_quiet_until", "_running", "_within", "in_doubt")
 
     def __init__(self, rule: Rule, n_prompt: int, running: Running, index: int) -> None:
         super().__init__(rule)
         self._running, self._index, self._n_prompt = running, index, n_prompt
         self._high = math.inf if rule.threshold is None else rule.threshold
         running.limits[index] = self._high if rule.escalate is None else rule.escalate
+        self.in_doubt = (
+            _NONE  # the running value that a second judge is asked about; not the highest, which may be exempt
+        )
         self._above = self._within = 0  # tokens in a row above the threshold, above the limit
         self._quiet_until = 0
         self._n_seen: int | None = None  # rows before it broke
@@ -139,6 +148,7 @@ class AnswerTrack(_Track):
         if rule.escalate is None or self._within < rule.consecutive or position < self._quiet_until:
             return False
         self._quiet_until = position + 2**62  # not again while it is being asked about
+        self.in_doubt = value
         self.action = Action.ESCALATE
         return True
 

@@ -133,6 +133,14 @@ class TestAnswers:
             seen.append(one.question is not None)
         assert seen == [False, False, False, False, True]
 
+    def test_a_peak_that_may_not_block_does_not_speak_in_the_question(self):
+        one = watch(min_tokens=4, consecutive=2)
+        fed(one, CALM, 50 * SURE, CALM, CALM, UNSURE, UNSURE)
+        assert one.question is not None
+        assert one.resolve(logit(0.5)).finish is None
+        (asked,) = record(one).escalations
+        assert (asked.value, asked.result) == (UNSURE, "clear")
+
     def test_a_certain_token_in_the_call_that_overflows_is_a_block(self):
         """Several rows in one call: the block stands, though more tokens wait than may."""
         one = watch(Second(max_held=2))
@@ -201,8 +209,30 @@ class TestPrompts:
         one.advance(0, np.array([[UNSURE], [UNSURE], [CALM], [CALM]], np.float32), 1)
         assert (one.question is not None) is (on_history is Mode.BLOCK)
 
+    @pytest.mark.parametrize("on_history", [Mode.FLAG, Mode.SHADOW])
+    def test_a_refused_turn_does_not_speak_in_a_later_turns_question(self, on_history):
+        prompt = Prompt(tuple(range(N_PROMPT)), (Turn(0, 2), Turn(2, 4)), 1, "chat")
+        one = Watch(prompt, rules(on_history=on_history), Second())
+        one.advance(0, np.array([[SURE], [50 * SURE], [CALM], [UNSURE]], np.float32), 1)
+        assert one.question is not None
+        one.resolve(logit(0.3))
+        (asked,) = record(one).escalations
+        assert (asked.value, asked.result) == (UNSURE, "clear")
+        assert one.verdict is (Action.FLAG if on_history is Mode.FLAG else Action.ALLOW)
+
 
 class TestOtherProbes:
+    @pytest.mark.parametrize(("on_history", "says"), [(Mode.FLAG, -10.0), (Mode.BLOCK, 90.0)])
+    def test_of_a_prompt_another_probe_says_what_may_block_of_it(self, on_history, says):
+        prompt = Prompt(tuple(range(N_PROMPT)), (Turn(0, 2), Turn(2, 4)), 1, "chat")
+        other = Rule(
+            "q", "v1", 1, Phase.PROMPT, Mode.SHADOW, 99.0, Aggregation("last"), "closed", on_history=on_history
+        )
+        one = Watch(prompt, [*rules(), other], Second(probes=("q",)))
+        rows = np.array([[CALM, 90.0], [CALM, 90.0], [CALM, -10.0], [UNSURE, -10.0]], np.float32)
+        one.advance(0, rows, 1)
+        assert record(one).escalations[0].second == says
+
     @pytest.mark.parametrize(("other", "finish"), [(10.0, "content_filter"), (-10.0, None)])
     def test_another_probe_answers_at_once(self, other, finish):
         second = Rule("q", "v1", 1, Phase.RESPONSE, Mode.SHADOW, 99.0, Aggregation("last"), "closed")
