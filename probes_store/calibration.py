@@ -103,10 +103,10 @@ class _Tail(BaseModel):
             needed = rows_needed(alpha, delta)
             raise ValueError(
                 f"{self.n} benign requests can't certify a false-positive rate of {alpha:.3%}: "
-                f"{needed - self.n} more are needed ({needed} in all)"
+                f"{needed - self.n} more are needed ({needed} in all); calibrate it with more, or raise target_fpr"
             )
         if j >= len(self.tail):
-            raise ValueError(f"the card keeps {len(self.tail)} values, too few for a rate of {alpha:.3%}")
+            raise ValueError(f"the card keeps {len(self.tail)} values, too few for a rate of {alpha:.3%}; lower it")
         return self.tail[j]
 
     def rate(self, threshold: float, delta: float = DELTA) -> float | None:

@@ -19,7 +19,7 @@ from monitor.metrics.processes import shared_folder
 from monitor.metrics.table import TABLE, markdown, series
 from monitor.offenders import Offenders
 from monitor.policy.rule import Rule
-from monitor.types import Action, Mode, Phase
+from monitor.types import Action, Escalation, Mode, Phase
 
 from .test_records import coverage, reading, record, until
 
@@ -58,6 +58,15 @@ def test_counts_per_action():
         f: value(metrics, "finished_total", route="chat", finish=f) for f in ("stop", "content_filter", "unmonitored")
     }
     assert ends == {"stop": 3, "content_filter": 1, "unmonitored": 1}
+
+
+@pytest.mark.parametrize("result", ["failed", "overflow", "clear"])
+@pytest.mark.parametrize("finish", ["stop", "unmonitored"])
+def test_fail_open_is_an_answer_served_without_that_of_the_second_judge_too(result, finish):
+    metrics = Metrics()
+    asked = Escalation("demo", Phase.PROMPT, 3, 1.0, None, result)
+    metrics.record(record(finish=finish, escalations=(asked,)))
+    assert value(metrics, "fail_open_total") == (result != "clear" and finish == "stop")
 
 
 @pytest.mark.parametrize("mode", Mode)

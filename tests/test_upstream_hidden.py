@@ -167,3 +167,25 @@ def test_usage_of_several_choices_counts_what_went_out(upstream, proxy):
     response = proxy.chat(stream=True, n=2, stream_options={"include_usage": True})
     assert Reply(response).texts == {0: "bb", 1: "a"}
     assert '"completion_tokens":3' in response.text.replace(" ", "") and "99" not in response.text
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_what_stands_beside_the_choices_of_a_cut_chunk_goes_with_the_text(upstream, proxy, asks):
+    """Usage in every chunk, as some servers send it, and fields that we do not know: both tell what was cut."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 99, "total_tokens": 102}
+    more = {"usage": usage, "raw": "aa*b", "system_fingerprint": "f"}
+    frames = [chat_chunk({"content": "aa"}), chat_chunk({"content": "*b"}, finish="stop", **more), DONE]
+    upstream.answer = lambda asked: [head(), *frames]
+    options = {"stream_options": {"include_usage": True}} if asks else {}
+    response = proxy.chat(stream=True, **options)
+    assert Reply(response).texts == {0: "aa"}
+    assert [word for word in ("99", "102", "raw", "*") if word in response.text] == []
+    assert '"completion_tokens":2' in response.text.replace(" ", "") and '"system_fingerprint"' in response.text
+
+
+def test_usage_of_a_chunk_that_is_dropped_is_told_by_us(upstream, proxy):
+    usage = {"prompt_tokens": 3, "completion_tokens": 99, "total_tokens": 102}
+    frames = [chat_chunk({"content": "aa*"}), chat_chunk({}, finish="stop", usage=usage), DONE]
+    upstream.answer = lambda asked: [head(), *frames]
+    response = proxy.chat(stream=True, stream_options={"include_usage": True})
+    assert '"completion_tokens":2' in response.text.replace(" ", "") and "99" not in response.text

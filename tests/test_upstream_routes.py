@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from monitor.policy.file import load_policy
 from monitor.types import Action, Terms
 
 from .fake_observer import HTTP, Reply, proxying
@@ -281,6 +282,23 @@ def test_embeddings_judge_their_inputs_and_pass(upstream, proxy, api):
     assert caught.value.code == "content_filter" and caught.value.body["innererror"]["prompt_index"] == 1
     assert len(upstream.asked) == asked
     assert proxy.sink.records[-1].verdict is Action.BLOCK or proxy.sink.records[-2].verdict is Action.BLOCK
+
+
+def test_an_override_by_model_or_route_holds_for_embeddings(upstream, proxy, tmp_path):
+    upstream.answer = lambda asked: json_answer(b'{"object": "list", "data": []}')
+    overrides = [
+        {"name": "small", "when": {"model": ["text-embedding-3-small"]}},
+        {"name": "vectors", "when": {"route": ["embeddings"]}},
+    ]
+    path = tmp_path / "policy.yaml"
+    path.write_text(json.dumps({"name": "house", "overrides": overrides}))
+    before, proxy.engine.live = proxy.engine.live, proxy.engine.live.under(load_policy(path))
+    try:
+        for model, policy in (("text-embedding-3-small", "small"), ("other", "vectors")):
+            response = proxy.post("/embeddings", {"input": "one", "model": model})
+            assert response.headers["x-midstream-policy"] == policy
+    finally:
+        proxy.engine.live = before
 
 
 @pytest.mark.parametrize("given", [[1, 2], [[1, 2]], [], None, {"a": 1}, [{"image": "x"}]], ids=str)

@@ -92,3 +92,9 @@ def test_an_observer_that_was_not_built_is_a_line_with_the_command(settings, tmp
     command = [sys.executable, "-m", "monitor.cli", "serve", "--port", "0", "--upstream", "http://127.0.0.1:9/v1"]
     failed = subprocess.run(command, env=os.environ | values, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "midstream observer build" in failed.stderr.strip().splitlines()[-1]
+
+
+def test_an_upstream_beside_vllm_is_refused():
+    command = [sys.executable, "-m", "monitor.cli", "serve", "--engine", "vllm", "--upstream", "http://127.0.0.1:9/v1"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "exclude each other" in failed.stderr.strip().splitlines()[-1]

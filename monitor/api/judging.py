@@ -36,12 +36,15 @@ class Job:
 
 
 class Session:
-    """The calls of one HTTP request. The first has the request's own id, the next ones `ID-1`, `ID-2`, ..."""
+    """The calls of one HTTP request. The first has the request's own id, the next ones `ID-1`, `ID-2`, ...
 
-    def __init__(self, judging: Judging, http: Request, route: str) -> None:
+    model: that the client asks for, where it may choose; else the one that judges
+    """
+
+    def __init__(self, judging: Judging, http: Request, route: str, model: str | None = None) -> None:
         self.id: str = http.state.midstream_id
         self._judging, self._http = judging, http
-        self._caller = Caller(getattr(http.state, "midstream_key", ""), route, judging.model)
+        self.caller = Caller(getattr(http.state, "midstream_key", ""), route, model or judging.model)
         self._ids = _ids(self.id)
 
     async def encode(self, messages: Sequence[Message]) -> Prompt:
@@ -80,7 +83,7 @@ class Session:
 
         async def one(job: Job, identity: str) -> Record:
             async with gate:
-                return await self._judging.scorer.judge(identity, job.prompt, job.answer, self._caller)
+                return await self._judging.scorer.judge(identity, job.prompt, job.answer, self.caller)
 
         try:
             async with asyncio.TaskGroup() as group:

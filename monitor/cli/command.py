@@ -146,6 +146,10 @@ def _run_server(settings: Settings, extra: list[str]) -> int:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again: imports take seconds
     if settings.engine == "vllm":
+        if settings.upstream:
+            raise ConfigInvalid(
+                "upstream and engine vllm exclude each other: both would answer; give the one that serves"
+            )
         harvest.need_vllm()
         logs.start(settings)  # before vLLM is imported, which sets its own up
         from monitor.api.vllm.serve import serve as serve_vllm

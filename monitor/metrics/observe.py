@@ -155,9 +155,10 @@ def _probability(logit: float) -> float:
 
 
 def _opened(record: Record) -> bool:
-    """Whether it was answered although a probe that blocks had no score."""
+    """Whether it was answered although a probe that blocks had no score, or no answer of the second judge."""
     blind = any(r.action is Action.UNMONITORED and r.mode is Mode.BLOCK for r in record.readings)
-    return blind and record.finish in ("stop", "length")
+    unheard = any(e.result in ("failed", "overflow") for e in record.escalations)
+    return (blind or unheard) and record.finish in ("stop", "length")
 
 
 def _leaked(record: Record) -> int:

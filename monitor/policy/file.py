@@ -18,7 +18,9 @@ from monitor.policy.rule import FailMode
 from monitor.types import Caller, Mode
 
 T = TypeVar("T", bound=BaseModel)
-Route = Literal["chat", "completions", "responses", "messages", "chat-batch", "moderations", "guardrail", "internal"]
+Route = Literal[
+    "chat", "completions", "responses", "messages", "chat-batch", "embeddings", "moderations", "guardrail", "internal"
+]
 _PAIRS = (("threshold", "target_fpr"), ("escalate", "escalate_fpr"))
 _INSTEAD = {
     "threshold": ("target_fpr", "by_length"),

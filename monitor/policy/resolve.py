@@ -82,20 +82,20 @@ def _rule(
     by_length: tuple[tuple[int, float], ...] = ()
     try:
         if calibration is None:
-            raise ValueError(f"the card has no calibration for {phase} in {form}")
+            raise ValueError("the card has no calibration for it; calibrate it with `midstream train`")
         threshold = _at(calibration, said.threshold, said.target_fpr or alpha)
         if said.by_length:
             by_length = calibration.by_length(said.target_fpr or alpha)
         if said.escalates and mode is Mode.BLOCK:
             escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
     except ValueError as error:
-        # On the route everybody uses, what was asked for by name is refused, and so is a rate at which a probe that
-        # blocks could not any more: nobody disarms it by asking for fewer false alarms. Else it can only be shadowed.
+        # What was asked for by name is refused, and so is a rate at which a probe that blocks no longer could: nobody
+        # disarms it by asking for fewer false alarms. Completions that a card says nothing of can only be shadowed.
         asked = said.mode not in (None, Mode.SHADOW) or mode is Mode.BLOCK
-        if asked and form == "chat":
+        if asked and (form == "chat" or calibration is not None):
             raise ConfigInvalid(
-                f"probe {card.name} {card.version} can't {mode} in phase {phase}: {error}; calibrate it "
-                "with more benign rows, raise target_fpr, or set the mode to shadow"
+                f"probe {card.name} {card.version} can't {mode} in phase {phase} ({form}): {error}; or set its mode "
+                "there to shadow"
             ) from error
         mode, by_length = Mode.SHADOW, ()
     try:

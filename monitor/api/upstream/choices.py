@@ -13,6 +13,8 @@ from monitor.upstream.choice import Choice
 from monitor.upstream.sse import frame
 from monitor.upstream.texts import Text, cut, strip_calls, texts, worded
 
+_ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
+
 
 class Part:
     """One choice in one chunk, or in a whole answer.
@@ -78,12 +80,17 @@ class Chunk:
                     part.data |= annotation
                 kept.append(part.data)
         if not changed:
+            wire.usage_came = wire.usage_came or bool(self._data.get("usage"))
             return self._raw
         return b"".join(self._made(choices) for choices in (kept, *([e] for e in endings)) if choices)
 
     def _made(self, choices: list[Json]) -> bytes:
-        extra, self._wire.unsent = self._wire.unsent, {}
-        return frame(self._data | {"choices": choices} | extra)
+        wire, data = self._wire, self._data
+        extra, wire.unsent = wire.unsent, {}
+        if wire.any_blocked:  # what else stands here may tell what was cut
+            data = {k: v for k, v in data.items() if k in _ENVELOPE} | wire.counted(data)
+        wire.usage_came = wire.usage_came or bool(data.get("usage"))
+        return frame(data | {"choices": choices} | extra)
 
 
 class Usage:
@@ -93,11 +100,12 @@ class Usage:
         self._wire, self._raw, self._data = wire, raw, data
 
     def release(self) -> bytes | None:
+        self._wire.usage_came = self._wire.usage_came or bool(self._data.get("usage"))
         return frame(self._data | self._wire.counted(self._data)) if self._wire.any_blocked else self._raw
 
 
 class ChoicesWire(Wire):
-    """closed: choices of which nothing more goes out; unsent: annotations for the first chunk
+    """closed: choices of which nothing more goes out; unsent: annotations for the first chunk; usage_came: and went out
 
     part_of: where the text of a chunk's choice is; cut_off: the fields of an ending of ours
     """
@@ -112,10 +120,9 @@ class ChoicesWire(Wire):
         self.unsent = self.prompts_annotation(n)
         self._n = n
         self._envelope: Json = {}
-        self._usage_came = False
+        self.usage_came = False
 
     def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
-        self._usage_came = self._usage_came or bool(data.get("usage"))
         found = data.get("choices")
         if self.failed:  # nothing of an answer stands in this frame, or comes after it
             self.done = True
@@ -183,7 +190,7 @@ class ChoicesWire(Wire):
 
     def ending(self) -> bytes:
         own = b""
-        if self.any_blocked and self.with_usage and not self._usage_came:
+        if self.any_blocked and self.with_usage and not self.usage_came:
             counted = usage(self.n_prompt_tokens, self.n_released)
             own = frame(self._envelope | {"choices": [], "usage": counted})
         return own + super().ending()

@@ -74,8 +74,7 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
     async def embeddings(http: Request) -> Response:
         raw = await http.body()
         body = body_of(raw)
-        session = Session(proxy.judging, http, "embeddings")
-        caller = Caller(http.state.midstream_key, "embeddings", proxy.judging.model)
+        session = Session(proxy.judging, http, "embeddings", str(body.get("model", ""))[:_MAX_NAME])
         try:
             texts = inputs(body, settings)
             records = await session.judge([await session.turn(text) for text in texts])
@@ -83,7 +82,7 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
             raise from_domain(error) from error
         for index, record in enumerate(records):
             if blocked_readings(record, Phase.PROMPT):
-                raise PromptBlocked(record, index, len(records), engine.live.choose(caller).terms)
+                raise PromptBlocked(record, index, len(records), engine.live.choose(session.caller).terms)
             if failed := ended_badly(record):
                 raise failed
         policy, verdicts = records[0].policy, [r.verdict for r in records]
