@@ -126,7 +126,7 @@ def server(tiny, random_probe, size, tmp_path_factory):
 
 
 def test_t10_slow_readers_are_closed_and_their_answers_end(server, size):
-    """Alternatives to each token fill the buffers of a client that never reads; more would only keep the server busy."""
+    """Alternatives fill the buffers of a client that never reads; more of them would only keep the server busy."""
     before, n_before = server.limited("write"), len(server.sink.records)
     body = {
         "model": server.model.name, "messages": [{"role": "user", "content": "hi"}], "stream": True, "n": size.choices,
