@@ -52,8 +52,7 @@ class Row:
 
     @property
     def identity(self) -> str:
-        """Spelling of case and space does not make another row."""
-        return same_text(self.text) if not self.answer else f"{same_text(self.text)}\0{same_text(self.answer)}"
+        return identity(self.text, self.answer)
 
 
 def read_jsonl(path: Path) -> tuple[list[Row], DataFile]:
@@ -108,12 +107,28 @@ def row_of(item: object, where: str, stem: str, size: int = 0) -> Row:
     return Row(text, int(label), source, group, answer=answer, split=str(item.get("split") or ""))
 
 
-def unique(rows: Iterable[Row]) -> list[Row]:
-    """The first row of each text, or text and answer."""
-    seen: dict[str, Row] = {}
+def unique(rows: Iterable[Row], before: Iterable[Row] = ()) -> list[Row]:
+    """The first row of each text, or text and answer, without those that stand in `before`.
+
+    Texts that differ in case alone are one, unless their labels tell them apart: to a concept case may be all there is.
+    """
+    seen = {key for row in before for key in _keys(row)}
+    kept = []
     for row in rows:
-        seen.setdefault(row.identity, row)
-    return list(seen.values())
+        keys = _keys(row)
+        if seen.isdisjoint(keys):
+            kept.append(row)
+            seen |= keys
+    return kept
+
+
+def _keys(row: Row) -> set[tuple[object, ...]]:
+    return {(row.identity, row.label), (" ".join(row.text.split()), " ".join(row.answer.split()))}
+
+
+def identity(text: str, answer: str = "") -> str:
+    """Spelling of case and space does not make another text, nor another answer to it."""
+    return f"{same_text(text)}\0{same_text(answer)}" if answer else same_text(text)
 
 
 def same_text(text: str) -> str:

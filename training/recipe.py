@@ -207,8 +207,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         before = files.get(described.file, described)
         files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = _about(rows, source, described.file)
-        known = {r.identity for r in seen}
-        rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
+        rows = [r for r in unique(rows, seen) if text_hash(r.text) not in recipe.drop]
         if source.split is not None:
             rows = [r for r in rows if r.split == source.split]
         if source.label is not None:
