@@ -56,7 +56,9 @@ def shelf(quiet, star_probe, tmp_path_factory):
     write(folder / "resp_xstest.jsonl", 60, 20, 0.4, response=True)
     write(folder / "own.jsonl", 60, 21, 0.5)
     recipe = Recipe(
-        sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.3},), evaluate=("jailbreakbench.jsonl",)
+        sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.3},),
+        evaluate=("jailbreakbench.jsonl",),
+        max_text_tokens=192,
     )
     probe, threshold = star_probe
     fit = {"data": (described,), "fit": {"recipe": recipe.model_dump(mode="json")}}
@@ -223,11 +225,22 @@ def test_a_concept_is_measured_on_its_own_rows_and_given_sets(run, shelf):
     assert set(report["sets"]) == {"own", "everyday", "unseen harmful"} and report["answers"] == {}
 
 
-def test_without_a_recipe_there_are_no_floors(run):
+def test_without_a_recipe_there_are_no_floors(run, shelf):
     report = figures(run, "alone")
     assert set(report["sets"]) == set(SETS) and report["sweep"] == {} and report["controls"] == {}
     assert report["sets"]["strongreject"]["against"] is None and "auroc" not in report["sets"]["strongreject"]
     assert any("its card has no recipe" in note for note in report["notes"])
+    assert "the card does not say where the calibration rows were" in (shelf / "alone" / "report.html").read_text()
+
+
+def test_with_a_training_file_missing_texts_are_cut_as_its_recipe_says(run, shelf, tmp_path):
+    (tmp_path / "xstest.jsonl").write_bytes((shelf / "xstest.jsonl").read_bytes())
+    result, out = run("star", "--no-attacks", data=tmp_path, out="missing")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert report["max_text_tokens"] == 192 and "cut after 192 tokens, as the calibration rows were" in page
+    (note,) = [n for n in report["notes"] if "train.jsonl" in n]
+    assert "rows that the probe has seen are not told from others" in note
 
 
 def test_fewer_rows_of_each_set(run):

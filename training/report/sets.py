@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from monitor.errors import ConfigInvalid
-from training.data import OWN, Row, read_bytes, row_of, same_text, unique
+from training.data import OWN, Row, identity, read_bytes, row_of, same_text, unique
 from training.load import read_rows, stem
+from training.trained import Trained
 
 _T = TypeVar("_T")
 Kind = Literal["held-out", "look-alikes", "traffic", "attack", "everyday", "unseen"]
@@ -95,10 +96,26 @@ def prompt_sets(
     return found, notes
 
 
-def answer_sets(folder: Path, most: int = MOST_ANSWERS) -> dict[str, list[Exchange]]:
-    """The known sets of answers that lie in `folder`. raises: ConfigInvalid if one can't be read"""
-    files = [folder / f"{name}.jsonl" for name in ANSWER_SETS]
-    return {f.stem: drawn(read_exchanges(f, HELD_BACK.get(f.stem)), most) for f in files if f.is_file()}
+def answer_sets(
+    folder: Path, trained: Trained, most: int = MOST_ANSWERS
+) -> tuple[dict[str, list[Exchange]], list[str]]:
+    """The known sets of answers that lie in `folder`, without what the probe has seen, and what there is to say of
+    them. raises: ConfigInvalid if one can't be read"""
+    found, notes, seen = {}, [], trained.answers
+    for file in (folder / f"{name}.jsonl" for name in ANSWER_SETS):
+        if not file.is_file():
+            continue
+        if trained.missing and file.stem in trained.files:
+            notes.append(f"{file.stem} is left out: the probe was trained on it, and on which of its rows is not known")
+            continue
+        exchanges = read_exchanges(file, HELD_BACK.get(file.stem))
+        new = [e for e in exchanges if identity(e.text, e.response) not in seen]
+        if len(new) < len(exchanges):
+            known = len(exchanges) - len(new)
+            notes.append(f"{file.stem}: {known} of {len(exchanges)} answers left out, the probe was trained on them")
+        if new:
+            found[file.stem] = drawn(new, most)
+    return found, notes
 
 
 def read_exchanges(path: Path, split: str | None = None) -> list[Exchange]:
