@@ -331,6 +331,47 @@ def test_rows_that_the_candidate_has_seen_are_refused(run):
     assert "fitted or calibrated on" in refused(run("star@v2", data=("frozen.jsonl", "train.jsonl")))
 
 
+def publish(shelf, quiet, star_probe, name, **changes):
+    """A probe of this name that finds the star."""
+    probe, threshold = star_probe
+    named = ProbeWeights(name, probe.weight, probe.bias)
+    card = make_card(quiet, named, calibration=calibrated(threshold), **changes)
+    Store(shelf / "store", shipped=shelf / "none").publish(card, named.weight, named.bias)
+
+
+def test_a_file_that_a_retrained_candidate_was_fitted_on_is_refused(run, shelf, quiet, star_probe):
+    """Its rows are in no part of the recipe, which is all that --rows can read."""
+    _, own = read_jsonl(shelf / "train.jsonl")
+    _, later = read_jsonl(write_rows(shelf / "later.jsonl", 500, seed=11))
+    recipe = Recipe(sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.2},))
+    publish(shelf, quiet, star_probe, "again", data=(own, later), fit={"recipe": recipe.model_dump(mode="json")})
+    assert "again@v1 was fitted on later.jsonl" in refused(run("again", data=("later.jsonl",)))
+    (shelf / "renamed.jsonl").write_bytes((shelf / "later.jsonl").read_bytes())
+    assert "was fitted on renamed.jsonl" in refused(run("again", data=("frozen.jsonl", "renamed.jsonl"), rows=False))
+    assert run("again").exit_code == 0
+
+
+def test_rows_of_a_recipes_file_that_were_held_back_may_be_judged_on(run, shelf, quiet, star_probe):
+    _, own = read_jsonl(shelf / "train.jsonl")
+    _, held = read_jsonl(write_rows(shelf / "held.jsonl", 500, seed=12))
+    sources = ({"file": "train.jsonl"}, {"file": "held.jsonl", "test": 0.9999, "calibrate": 0})
+    recipe = Recipe(sources=sources).model_dump(mode="json")
+    publish(shelf, quiet, star_probe, "held", data=(own, held), fit={"recipe": recipe})
+    assert run("held", data=("held.jsonl",)).exit_code in EXIT_CODE.values()
+
+
+def test_rows_about_an_answer_are_not_judged_as_prompts(run, shelf, capfd):
+    lines = (shelf / "frozen.jsonl").read_text().splitlines()
+    answers = [json.dumps({"text": f"harmless {i}", "response": "a bad *", "label": 1}) for i in range(40)]
+    (shelf / "mixed.jsonl").write_text("\n".join([*lines, *answers]) + "\n")
+    result = run("star@v2", "--json", data=("mixed.jsonl",))
+    found = json.loads(result.stdout)
+    assert found["sets"]["mixed"]["harmful"] == 150 and found["sets"]["mixed"]["recall"]["value"] == 1.0
+    assert "40 rows label a `response`" in " ".join(result.stderr.split())
+    (shelf / "answers.jsonl").write_text("\n".join(answers))
+    assert "every row labels a `response`" in refused(run("star@v2", data=("frozen.jsonl", "answers.jsonl")))
+
+
 def test_another_training_file_under_the_same_name_is_refused(run, shelf, tmp_path):
     write_rows(tmp_path / "train.jsonl", 300, seed=9)
     assert "is not the file" in refused(run("star@v2", "--rows", str(tmp_path), rows=False))

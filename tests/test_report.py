@@ -243,6 +243,14 @@ def test_with_a_training_file_missing_texts_are_cut_as_its_recipe_says(run, shel
     assert "rows that the probe has seen are not told from others" in note
 
 
+def test_rows_about_an_answer_are_not_shown_as_prompts(run, shelf):
+    both = (shelf / "own.jsonl").read_text() + (shelf / "resp_xstest.jsonl").read_text()
+    (shelf / "both.jsonl").write_text(both)
+    report = figures(run, "concept", "--set", str(shelf / "both.jsonl"))
+    assert report["sets"]["both"]["rows"] == 60
+    assert "both: 60 rows that label a `response` are left out, for prompts are judged" in report["notes"]
+
+
 def test_fewer_rows_of_each_set(run):
     report = figures(run, "star", "--rows", "25")
     assert report["sets"]["xstest"]["rows"] == 25 and "xstest: 25 of 60 rows, drawn by chance" in report["notes"]

@@ -47,7 +47,7 @@ def write(path, pairs):
 def test_a_set_and_a_recipe_keep_the_capitals(tmp_path):
     words = [f"row {i}" for i in range(40)]
     path = write(tmp_path / "caps.jsonl", [(t, y) for w in words for t, y in ((w, 0), (w.upper(), 1))])
-    assert sum(r.label for r in read_set(path)) == 40
+    assert sum(r.label for r in read_set(path)[0]) == 40
     parts, _ = gather(Recipe(sources=({"file": "caps.jsonl"},), kind="concept"), tmp_path)
     assert sum(r.label for of in parts.values() for r in of) == 40
 

@@ -31,7 +31,8 @@ class Trained:
     @classmethod
     def of(cls, card: Card, folder: Path) -> Trained:
         """folder: where the recipe's files lie. raises: ConfigInvalid if one is not the file that the card names"""
-        files, parts = frozenset(stem(f.file) for f in card.data), dict[Part, list[Row]](fit=[], calibrate=[], test=[])
+        files = frozenset(stem(f.file) for f in card.data)
+        parts: dict[Part, list[Row]] = {"fit": [], "calibrate": [], "test": []}
         recipe = recipe_of(card)
         if recipe is None:
             return cls(None, parts, files, "its card has no recipe")

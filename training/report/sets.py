@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from monitor.errors import ConfigInvalid
 from training.data import OWN, Row, identity, read_bytes, row_of, same_text, unique
-from training.load import read_rows, stem
+from training.load import read_prompts, stem
 from training.trained import Trained
 
 _T = TypeVar("_T")
@@ -63,9 +63,10 @@ class Exchange:
     group: str
 
 
-def read_set(file: str | Path, folder: Path = Path()) -> list[Row]:
-    """The rows of one set, no text twice. raises: ConfigInvalid"""
-    return unique(read_rows(file, folder)[0])
+def read_set(file: str | Path, folder: Path = Path()) -> tuple[list[Row], int]:
+    """The rows of one set that are about a prompt, no text twice, and how many are not. raises: ConfigInvalid"""
+    rows, left, _ = read_prompts(file, folder)
+    return unique(rows), left
 
 
 def prompt_sets(
@@ -85,7 +86,9 @@ def prompt_sets(
         if name in trained:
             notes.append(f"{name} is left out: the probe was trained on it")
             continue
-        rows = read_set(file)
+        rows, left = read_set(file)
+        if left:
+            notes.append(f"{name}: {left} rows that label a `response` are left out, for prompts are judged")
         new = [r for r in rows if same_text(r.text) not in seen]
         if not new:
             raise ConfigInvalid(f"the probe was fitted or calibrated on every row of {name}; leave it out")

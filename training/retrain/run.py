@@ -152,7 +152,8 @@ class Retrainer:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of --data, or rename your own file")
         rows, described = read_rows(file)
         known = {same_text(r.text) for r in frozen}
-        return [r for r in rows if not r.answer and same_text(r.text) not in known], described
+        new = [r for r in rows if not r.answer and same_text(r.text) not in known]
+        return new, described.model_copy(update={"used": {"fit": len(new)}})
 
     # --- the candidate ----------------------------------------------------------------------------------------------
 
