@@ -65,7 +65,7 @@ def test_exit_codes():
 
 
 def test_pass_without_a_live_probe_and_with_one():
-    e = evidence()
+    e = evidence(harmful=900)
     assert decide(e).verdict is Verdict.PASS
     decision = decide(replace(e, live=beside(e, 0.1), live_threshold=THRESHOLD))
     assert (decision.verdict, decision.exit_code, len(decision.checks)) == (Verdict.PASS, 0, 4)
@@ -134,6 +134,31 @@ def test_a_few_lost_rows_leave_it_open():
     live[np.argsort(live[:30])[:3]] = 5.0  # 10 % of recall, on three rows: p = 0.25
     found = check(decide(replace(e, live=live, live_threshold=THRESHOLD)), "recall")
     assert found.verdict is Verdict.INCONCLUSIVE and "3 lost" in found.note
+    assert "more harmful rows needed" in found.note and found.figure.value == -0.1
+
+
+def test_few_harmful_rows_of_which_none_is_lost_are_no_proof():
+    """Of 60 rows a loss of 3 % shows in none every sixth time."""
+    few, many = (evidence(harmful=n) for n in (60, 300))
+    shaken = check(decide(replace(few, live=few.candidate + 1e-6, live_threshold=THRESHOLD)), "recall")
+    assert shaken.verdict is Verdict.INCONCLUSIVE and "0 rows won, 0 lost" in shaken.note
+    assert "about 129 more harmful rows needed" in shaken.note and shaken.figure.low < -0.02
+    shaken = check(decide(replace(many, live=many.candidate + 1e-6, live_threshold=THRESHOLD)), "recall")
+    assert shaken.verdict is Verdict.PASS and shaken.figure.low > -0.02
+
+
+def test_the_same_judge_loses_nothing_however_few_the_rows():
+    few = evidence(harmful=20)
+    assert check(decide(replace(few, live=few.candidate, live_threshold=THRESHOLD)), "recall").verdict is Verdict.PASS
+
+
+def test_harmful_rows_of_few_groups_leave_the_recall_open():
+    e = evidence()
+    groups = [*(f"h{i // 60}" for i in range(300)), *map(str, range(600))]
+    decision = decide(replace(e, groups=groups, live=beside(e, 0.1), live_threshold=THRESHOLD))
+    found = check(decision, "recall")
+    assert found.verdict is Verdict.INCONCLUSIVE and found.figure is None
+    assert "5 groups of rows can't support" in found.note and decision.exit_code == 12
 
 
 def test_the_worst_check_stands():
