@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from monitor.errors import ConfigInvalid
 from training.data import read_jsonl
-from training.recipe import Recipe
+from training.recipe import Recipe, gather
 from training.report.sets import answer_sets
 from training.trained import Trained, beyond_recipe
 
@@ -94,6 +95,19 @@ def test_another_file_under_the_name_of_the_cards_is_refused(folder, card):
     write(folder / "resp_gptfuzz.jsonl", [exchange(i) for i in range(7)])
     with pytest.raises(ConfigInvalid, match="is not the file that the probe was trained on"):
         Trained.of(card([described], {"file": "resp_gptfuzz.jsonl"}), folder)
+
+
+def test_two_files_of_one_name_in_a_recipe_are_refused(tmp_path):
+    """They would be one file in the card, and one key to balance by."""
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        write(tmp_path / place / "rows.jsonl", [exchange(i) | {"text": f"{place} {i}"} for i in range(30)])
+    with pytest.raises(ConfigInvalid, match=r"b/rows\.jsonl: another source is called 'rows' too; rename one"):
+        gather(Recipe(sources=({"file": "a/rows.jsonl"}, {"file": "b/rows.jsonl"})), tmp_path)
+    halves = ({"file": "a/rows.jsonl", "label": 0}, {"file": "a/rows.jsonl", "label": 1})
+    assert gather(Recipe(sources=halves), tmp_path)[1][0].rows == 30
+    with pytest.raises(ValidationError, match="two sets are called 'rows'"):
+        Recipe(sources=halves, evaluate=("a/rows.jsonl", "b/rows.csv"))
 
 
 def test_files_beyond_the_recipe_are_those_that_came_later(folder, card):

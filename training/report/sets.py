@@ -34,6 +34,9 @@ HELD_BACK = {"resp_gptfuzz": "evaluate"}
 """The split that is read of a set whose other half may be trained on."""
 LOOK_ALIKES = frozenset(("coconot_safety", "benign_roleplay", *OWN))
 """Training files whose harmless rows are made to look harmful: no everyday traffic, though they are held back too."""
+HELD_BACK_NAMES = ("everyday", "unseen look-alikes", "unseen harmful")
+ALL = "all of them"
+"""The name of the last row of a report's table."""
 MOST_ROWS = 750
 """Of a set; more of them, drawn by chance, narrow no interval that matters and take minutes."""
 MOST_ANSWERS = 320
@@ -76,16 +79,22 @@ def prompt_sets(
 
     folder: None for a probe that the known sets are not about; trained: stems of the files that the probe was trained
     on; seen: texts, as `same_text` writes them
-    raises: ConfigInvalid if a file can't be read
+    raises: ConfigInvalid if a file can't be read, or two have one name
     """
     found, notes = [], []
     known = [] if folder is None else [folder / f"{name}.jsonl" for name in PROMPT_SETS]
     files: list[str | Path] = [*(f for f in known if f.is_file()), *others]
+    taken = {*HELD_BACK_NAMES, ALL}
     for file in files:
         name = stem(file)
         if name in trained:
             notes.append(f"{name} is left out: the probe was trained on it")
             continue
+        if name in taken:
+            raise ConfigInvalid(
+                f"{file}: a report has a set {name!r} already, and figures go by that name; leave it out, or rename it"
+            )
+        taken.add(name)
         rows, left = read_set(file)
         if left:
             notes.append(f"{name}: {left} rows that label a `response` are left out, for prompts are judged")
@@ -155,10 +164,11 @@ def held_back(rows: Sequence[Row], most: int = MOST_ROWS) -> list[PromptSet]:
     rows = [r for r in rows if not r.answer]
     alike = [r for r in rows if r.label == 0 and (r.key in LOOK_ALIKES or stem(r.source) in LOOK_ALIKES)]
     everyday = [r for r in rows if r.label == 0 and r not in alike]
+    day, hard, harmful = HELD_BACK_NAMES
     sets = (
-        PromptSet("everyday", "everyday", drawn(everyday, 2 * most)),
-        PromptSet("unseen look-alikes", "look-alikes", drawn(alike, most)),
-        PromptSet("unseen harmful", "unseen", drawn([r for r in rows if r.label == 1], most)),
+        PromptSet(day, "everyday", drawn(everyday, 2 * most)),
+        PromptSet(hard, "look-alikes", drawn(alike, most)),
+        PromptSet(harmful, "unseen", drawn([r for r in rows if r.label == 1], most)),
     )
     return [s for s in sets if s.rows]
 
