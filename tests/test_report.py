@@ -243,6 +243,33 @@ def test_with_a_training_file_missing_texts_are_cut_as_its_recipe_says(run, shel
     assert "rows that the probe has seen are not told from others" in note
 
 
+@pytest.mark.parametrize(
+    ("files", "sets"),
+    [
+        (("train.jsonl",), {"everyday", "unseen harmful"}),
+        (("tense_reformulations.jsonl",), {"tense_reformulations"}),
+        ((), None),
+    ],
+)
+def test_without_a_new_set_there_is_a_report_all_the_same(run, shelf, tmp_path, files, sets):
+    for name in files:
+        (tmp_path / name).write_bytes((shelf / name).read_bytes())
+    result, out = run("star", "--no-attacks", data=tmp_path, out=f"few{len(files)}")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert Reader(page).open == [] and (set(report["sets"]) if "sets" in report else None) == sets
+    assert not report.get("calibration") and "all sets" not in page
+    assert any("nothing about requests" in note for note in report["notes"]) == (sets is None)
+
+
+@pytest.mark.parametrize("name", ["xstest", "everyday"])
+def test_two_sets_of_one_name_are_refused(run, shelf, tmp_path, name):
+    """One would stand in the place of the other, or both figures be of one file's rows twice."""
+    path = write(tmp_path / f"{name}.jsonl", 20, 30, 0.5)
+    result, _ = run("star", "--set", str(path), "--no-attacks")
+    assert isinstance(result.exception, ConfigInvalid) and f"a set {name!r} already" in str(result.exception)
+
+
 def test_rows_about_an_answer_are_not_shown_as_prompts(run, shelf):
     both = (shelf / "own.jsonl").read_text() + (shelf / "resp_xstest.jsonl").read_text()
     (shelf / "both.jsonl").write_text(both)

@@ -188,6 +188,9 @@ class Evaluation:
         sets, notes = prompt_sets(folder, self.options.others, trained, seen, self.options.most)
         self.notes += notes
         sets += held_back(self.parts["test"], self.options.most)
+        if not sets:
+            self.notes.append("nothing about requests: there is no set of them; name one with --set, or another --data")
+            return {}
         layers = sorted({0, *self.card.layers})
         controls, swept = self._floors(layers)
         scored = self._score([r for s in sets for r in s.rows], layers, "sets")
