@@ -107,6 +107,18 @@ def row_of(item: object, where: str, stem: str, size: int = 0) -> Row:
     return Row(text, int(label), source, group, answer=answer, split=str(item.get("split") or ""))
 
 
+def about(rows: Iterable[Row], answers: bool, file: str) -> list[Row]:
+    """Rows whose label is about the answer, if `answers` says so, or else about the text. raises: ConfigInvalid for a
+    missing answer"""
+    if not answers:
+        return [replace(r, answer="") for r in rows]
+    found = list(rows)
+    for row in found:
+        if not row.answer.strip():
+            raise ConfigInvalid(f"{file}: no `response` beside {row.text[:40]!r}; the recipe has `answers: true`")
+    return found
+
+
 def unique(rows: Iterable[Row], before: Iterable[Row] = ()) -> list[Row]:
     """The first row of each text, or text and answer, without those that stand in `before`.
 

@@ -63,7 +63,8 @@ def run_gate(
     _threshold(one, target)  # before the model is loaded
     rows, described = frozen_rows(files)
     trained = _trained_on(one, folder)
-    _refuse_overlap(rows, described, one, trained)
+    refuse_fitted(one, described)
+    _refuse_overlap(rows, trained)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):
         dtype = settings.dtype or one.card.model.dtype
@@ -168,14 +169,18 @@ def _trained_on(probe: StoredProbe, folder: Path | None) -> Trained | None:
     return trained
 
 
-def _refuse_overlap(
-    rows: Sequence[Row], described: Sequence[DataFile], probe: StoredProbe, trained: Trained | None
-) -> None:
-    """raises: ConfigInvalid if the candidate has seen a frozen row, as far as its card and files tell"""
+def refuse_fitted(probe: StoredProbe, described: Sequence[DataFile]) -> None:
+    """raises: ConfigInvalid for a file that it was fitted on beside its recipe, as its card says"""
     beyond = beyond_recipe(probe.card)
     for file in described:
         if file.sha256 in beyond:
-            raise ConfigInvalid(f"{_named(probe)} was fitted on {file.file}, as its card says; leave it out of --data")
+            raise ConfigInvalid(
+                f"{_named(probe)} was fitted on {file.file}, as its card says; it can't be judged on it"
+            )
+
+
+def _refuse_overlap(rows: Sequence[Row], trained: Trained | None) -> None:
+    """raises: ConfigInvalid if the candidate has seen a frozen row"""
     seen = set() if trained is None else trained.texts
     known = sum(same_text(r.text) in seen for r in rows)
     if known:

@@ -22,6 +22,7 @@ from training.data import (
     PAIRS,
     Part,
     Row,
+    about,
     balanced,
     of_each_group,
     sample,
@@ -219,7 +220,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
                 f"{file}: another source is called {stem(file)!r} too; rename one, rows go by that name"
             )
         files[described.file] = described.model_copy(update={"license": source.license or before.license})
-        rows = _about(rows, source, described.file)
+        rows = about(rows, source.answers, described.file)
         rows = [r for r in unique(rows, seen) if text_hash(r.text) not in recipe.drop]
         if source.split is not None:
             rows = [r for r in rows if r.split == source.split]
@@ -254,13 +255,3 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
     return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
-
-
-def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:
-    """Rows whose label is about what the source says it is about. raises: ConfigInvalid for a missing answer"""
-    if not source.answers:
-        return [replace(r, answer="") for r in rows]
-    for row in rows:
-        if not row.answer.strip():
-            raise ConfigInvalid(f"{file}: no `response` beside {row.text[:40]!r}; the recipe has `answers: true`")
-    return list(rows)
