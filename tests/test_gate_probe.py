@@ -385,6 +385,14 @@ def test_rows_of_a_recipes_file_that_were_held_back_may_be_judged_on(run, shelf,
     assert run("held", data=("held.jsonl",)).exit_code in EXIT_CODE.values()
 
 
+def test_a_concept_is_judged_on_both_rows_of_a_pair_of_capitals(run, shelf, quiet, star_probe):
+    publish(shelf, quiet, star_probe, "caps", kind="concept")
+    pairs = [{"text": t, "label": y} for i in range(60) for t, y in ((f"Row {i}", 0), (f"ROW {i}", 1))]
+    (shelf / "capitals.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = json.loads(run("caps", "--json", data=("capitals.jsonl",), rows=False).stdout)["sets"]["capitals"]
+    assert (found["harmful"], found["harmless"]) == (60, 60)
+
+
 def test_rows_about_an_answer_are_not_judged_as_prompts(run, shelf, capfd):
     lines = (shelf / "frozen.jsonl").read_text().splitlines()
     answers = [json.dumps({"text": f"harmless {i}", "response": "a bad *", "label": 1}) for i in range(40)]

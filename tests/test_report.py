@@ -225,6 +225,13 @@ def test_a_concept_is_measured_on_its_own_rows_and_given_sets(run, shelf):
     assert set(report["sets"]) == {"own", "everyday", "unseen harmful"} and report["answers"] == {}
 
 
+def test_a_set_of_capitals_keeps_both_rows_of_each_pair(run, shelf):
+    pairs = [{"text": t, "label": y} for i in range(20) for t, y in ((f"Row {i}", 0), (f"ROW {i}", 1))]
+    (shelf / "capitals.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = figures(run, "concept", "--set", str(shelf / "capitals.jsonl"))["sets"]["capitals"]
+    assert (found["harmful"], found["harmless"]) == (20, 20)
+
+
 def test_without_a_recipe_there_are_no_floors(run, shelf):
     report = figures(run, "alone")
     assert set(report["sets"]) == set(SETS) and report["sweep"] == {} and report["controls"] == {}

@@ -1,4 +1,4 @@
-"""Which rows are one row: case tells none apart, but a concept's pairs, which differ in nothing else, are two."""
+"""Which rows are one row: case tells none apart, but of a concept, whose pairs may differ in nothing else."""
 
 import json
 
@@ -21,17 +21,23 @@ def texts(found):
 
 
 def test_a_pair_that_differs_in_case_and_label_is_two_rows():
-    assert texts(unique(rows(*PAIR))) == PAIR
-    assert texts(unique(rows(*PAIR, ("A  b", 1), ("a B", 0)))) == PAIR
+    assert texts(unique(rows(*PAIR), concept=True)) == PAIR
+    assert texts(unique(rows(*PAIR, ("A  b", 1), ("a B", 0)), concept=True)) == PAIR
+
+
+def test_what_is_harmful_is_so_in_capitals():
+    """A text that leaked in another case, under another label, must not lie on both sides of a split."""
+    assert texts(unique(rows(*PAIR))) == PAIR[:1]
+    assert unique(rows(PAIR[1]), before=rows(PAIR[0])) == []
 
 
 def test_case_and_space_make_no_other_row_of_one_label():
-    assert texts(unique(rows(("a b", 0), ("A  B", 0)))) == [("a b", 0)]
+    assert texts(unique(rows(("a b", 0), ("A  B", 0)), concept=True)) == [("a b", 0)]
 
 
 def test_the_same_letters_under_both_labels_are_the_first_row():
-    assert texts(unique(rows(("a b", 0), ("a  b", 1)))) == [("a b", 0)]
-    assert texts(unique(rows(("A b", 1)), before=rows(("A B", 1)))) == []
+    assert texts(unique(rows(("a b", 0), ("a  b", 1)), concept=True)) == [("a b", 0)]
+    assert texts(unique(rows(("A b", 1)), rows(("A B", 1)), concept=True)) == []
 
 
 def test_an_answer_makes_another_row():
@@ -47,7 +53,7 @@ def write(path, pairs):
 def test_a_set_and_a_recipe_keep_the_capitals(tmp_path):
     words = [f"row {i}" for i in range(40)]
     path = write(tmp_path / "caps.jsonl", [(t, y) for w in words for t, y in ((w, 0), (w.upper(), 1))])
-    assert sum(r.label for r in read_set(path)[0]) == 40
+    assert sum(r.label for r in read_set(path, concept=True)[0]) == 40
     parts, _ = gather(Recipe(sources=({"file": "caps.jsonl"},), kind="concept"), tmp_path)
     assert sum(r.label for of in parts.values() for r in of) == 40
 

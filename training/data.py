@@ -119,22 +119,25 @@ def about(rows: Iterable[Row], answers: bool, file: str) -> list[Row]:
     return found
 
 
-def unique(rows: Iterable[Row], before: Iterable[Row] = ()) -> list[Row]:
+def unique(rows: Iterable[Row], before: Iterable[Row] = (), concept: bool = False) -> list[Row]:
     """The first row of each text, or text and answer, without those that stand in `before`.
 
-    Texts that differ in case alone are one, unless their labels tell them apart: to a concept case may be all there is.
+    concept: texts that differ in case alone are two where their labels do: case may be all there is to a concept. What
+    is harmful is so in capitals, too
     """
-    seen = {key for row in before for key in _keys(row)}
+    seen = {key for row in before for key in _keys(row, concept)}
     kept = []
     for row in rows:
-        keys = _keys(row)
+        keys = _keys(row, concept)
         if seen.isdisjoint(keys):
             kept.append(row)
             seen |= keys
     return kept
 
 
-def _keys(row: Row) -> set[tuple[object, ...]]:
+def _keys(row: Row, concept: bool) -> set[tuple[object, ...]]:
+    if not concept:
+        return {(row.identity,)}
     return {(row.identity, row.label), (" ".join(row.text.split()), " ".join(row.answer.split()))}
 
 

@@ -61,7 +61,7 @@ def run_gate(
     one = _load(store, slug, candidate)
     other = _live(store, slug, one, against)
     _threshold(one, target)  # before the model is loaded
-    rows, described = frozen_rows(files)
+    rows, described = frozen_rows(files, one.card.kind == "concept")
     trained = _trained_on(one, folder)
     refuse_fitted(one, described)
     _refuse_overlap(rows, trained)
@@ -144,7 +144,7 @@ def _threshold(probe: StoredProbe, target: float) -> float:
         ) from error
 
 
-def frozen_rows(files: Sequence[str]) -> tuple[list[Row], tuple[DataFile, ...]]:
+def frozen_rows(files: Sequence[str], concept: bool = False) -> tuple[list[Row], tuple[DataFile, ...]]:
     """All rows about a prompt, no text twice, each with its file's stem as key. raises: ConfigInvalid"""
     rows: list[Row] = []
     described = []
@@ -154,7 +154,7 @@ def frozen_rows(files: Sequence[str]) -> tuple[list[Row], tuple[DataFile, ...]]:
             Console(stderr=True).print(f"{file}: {left} rows label a `response`, not a prompt; they are left out")
         rows += [replace(r, key=stem(file)) for r in found]
         described.append(what)
-    kept = unique(rows)
+    kept = unique(rows, concept=concept)
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in kept):
             raise ConfigInvalid(f"--data has no {word} rows (label {label}); a gate needs both: add a file")

@@ -221,7 +221,7 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
             )
         files[described.file] = described.model_copy(update={"license": source.license or before.license})
         rows = about(rows, source.answers, described.file)
-        rows = [r for r in unique(rows, seen) if text_hash(r.text) not in recipe.drop]
+        rows = [r for r in unique(rows, seen, recipe.kind == "concept") if text_hash(r.text) not in recipe.drop]
         if source.split is not None:
             rows = [r for r in rows if r.split == source.split]
         if source.label is not None:

@@ -33,8 +33,10 @@ def evaluate_sets(
     raises: ConfigInvalid if a file can't be read
     """
     seen = {same_text(r.text) for part in ("fit", "calibrate") for r in parts[part]}
+    concept = recipe.kind == "concept"
     sets: dict[str, Sequence[Row]] = {
-        stem(file): [r for r in read_set(file, folder)[0] if same_text(r.text) not in seen] for file in recipe.evaluate
+        stem(file): [r for r in read_set(file, folder, concept)[0] if same_text(r.text) not in seen]
+        for file in recipe.evaluate
     }
     read = [r for of in sets.values() for r in of]
     # The others' labels are about their answers.

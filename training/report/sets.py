@@ -66,10 +66,10 @@ class Exchange:
     group: str
 
 
-def read_set(file: str | Path, folder: Path = Path()) -> tuple[list[Row], int]:
+def read_set(file: str | Path, folder: Path = Path(), concept: bool = False) -> tuple[list[Row], int]:
     """The rows of one set that are about a prompt, no text twice, and how many are not. raises: ConfigInvalid"""
     rows, left, _ = read_prompts(file, folder)
-    return unique(rows), left
+    return unique(rows, concept=concept), left
 
 
 def prompt_sets(
@@ -77,8 +77,8 @@ def prompt_sets(
 ) -> tuple[list[PromptSet], list[str]]:
     """The known sets that lie in `folder` and `others`, which are files, and what there is to say of them.
 
-    folder: None for a probe that the known sets are not about; trained: stems of the files that the probe was trained
-    on; seen: texts, as `same_text` writes them
+    folder: None for a concept, which the known sets are not about; trained: stems of the files that the probe was
+    trained on; seen: texts, as `same_text` writes them
     raises: ConfigInvalid if a file can't be read, or two have one name
     """
     found, notes = [], []
@@ -95,7 +95,7 @@ def prompt_sets(
                 f"{file}: a report has a set {name!r} already, and figures go by that name; leave it out, or rename it"
             )
         taken.add(name)
-        rows, left = read_set(file)
+        rows, left = read_set(file, concept=folder is None)
         if left:
             notes.append(f"{name}: {left} rows that label a `response` are left out, for prompts are judged")
         new = [r for r in rows if same_text(r.text) not in seen]
