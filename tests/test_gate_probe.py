@@ -65,7 +65,7 @@ def test_exit_codes():
 
 
 def test_pass_without_a_live_probe_and_with_one():
-    e = evidence()
+    e = evidence(harmful=900)
     assert decide(e).verdict is Verdict.PASS
     decision = decide(replace(e, live=beside(e, 0.1), live_threshold=THRESHOLD))
     assert (decision.verdict, decision.exit_code, len(decision.checks)) == (Verdict.PASS, 0, 4)
@@ -134,6 +134,31 @@ def test_a_few_lost_rows_leave_it_open():
     live[np.argsort(live[:30])[:3]] = 5.0  # 10 % of recall, on three rows: p = 0.25
     found = check(decide(replace(e, live=live, live_threshold=THRESHOLD)), "recall")
     assert found.verdict is Verdict.INCONCLUSIVE and "3 lost" in found.note
+    assert "more harmful rows needed" in found.note and found.figure.value == -0.1
+
+
+def test_few_harmful_rows_of_which_none_is_lost_are_no_proof():
+    """Of 60 rows a loss of 3 % shows in none every sixth time."""
+    few, many = (evidence(harmful=n) for n in (60, 300))
+    shaken = check(decide(replace(few, live=few.candidate + 1e-6, live_threshold=THRESHOLD)), "recall")
+    assert shaken.verdict is Verdict.INCONCLUSIVE and "0 rows won, 0 lost" in shaken.note
+    assert "about 129 more harmful rows needed" in shaken.note and shaken.figure.low < -0.02
+    shaken = check(decide(replace(many, live=many.candidate + 1e-6, live_threshold=THRESHOLD)), "recall")
+    assert shaken.verdict is Verdict.PASS and shaken.figure.low > -0.02
+
+
+def test_the_same_judge_loses_nothing_however_few_the_rows():
+    few = evidence(harmful=20)
+    assert check(decide(replace(few, live=few.candidate, live_threshold=THRESHOLD)), "recall").verdict is Verdict.PASS
+
+
+def test_harmful_rows_of_few_groups_leave_the_recall_open():
+    e = evidence()
+    groups = [*(f"h{i // 60}" for i in range(300)), *map(str, range(600))]
+    decision = decide(replace(e, groups=groups, live=beside(e, 0.1), live_threshold=THRESHOLD))
+    found = check(decision, "recall")
+    assert found.verdict is Verdict.INCONCLUSIVE and found.figure is None
+    assert "5 groups of rows can't support" in found.note and decision.exit_code == 12
 
 
 def test_the_worst_check_stands():
@@ -329,6 +354,55 @@ def test_what_does_not_fit_is_refused(run, shelf, star_probe, quiet, change, mes
 
 def test_rows_that_the_candidate_has_seen_are_refused(run):
     assert "fitted or calibrated on" in refused(run("star@v2", data=("frozen.jsonl", "train.jsonl")))
+
+
+def publish(shelf, quiet, star_probe, name, **changes):
+    """A probe of this name that finds the star."""
+    probe, threshold = star_probe
+    named = ProbeWeights(name, probe.weight, probe.bias)
+    card = make_card(quiet, named, calibration=calibrated(threshold), **changes)
+    Store(shelf / "store", shipped=shelf / "none").publish(card, named.weight, named.bias)
+
+
+def test_a_file_that_a_retrained_candidate_was_fitted_on_is_refused(run, shelf, quiet, star_probe):
+    """Its rows are in no part of the recipe, which is all that --rows can read."""
+    _, own = read_jsonl(shelf / "train.jsonl")
+    _, later = read_jsonl(write_rows(shelf / "later.jsonl", 500, seed=11))
+    recipe = Recipe(sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.2},))
+    publish(shelf, quiet, star_probe, "again", data=(own, later), fit={"recipe": recipe.model_dump(mode="json")})
+    assert "again@v1 was fitted on later.jsonl" in refused(run("again", data=("later.jsonl",)))
+    (shelf / "renamed.jsonl").write_bytes((shelf / "later.jsonl").read_bytes())
+    assert "was fitted on renamed.jsonl" in refused(run("again", data=("frozen.jsonl", "renamed.jsonl"), rows=False))
+    assert run("again").exit_code == 0
+
+
+def test_rows_of_a_recipes_file_that_were_held_back_may_be_judged_on(run, shelf, quiet, star_probe):
+    _, own = read_jsonl(shelf / "train.jsonl")
+    _, held = read_jsonl(write_rows(shelf / "held.jsonl", 500, seed=12))
+    sources = ({"file": "train.jsonl"}, {"file": "held.jsonl", "test": 0.9999, "calibrate": 0})
+    recipe = Recipe(sources=sources).model_dump(mode="json")
+    publish(shelf, quiet, star_probe, "held", data=(own, held), fit={"recipe": recipe})
+    assert run("held", data=("held.jsonl",)).exit_code in EXIT_CODE.values()
+
+
+def test_a_concept_is_judged_on_both_rows_of_a_pair_of_capitals(run, shelf, quiet, star_probe):
+    publish(shelf, quiet, star_probe, "caps", kind="concept")
+    pairs = [{"text": t, "label": y} for i in range(60) for t, y in ((f"Row {i}", 0), (f"ROW {i}", 1))]
+    (shelf / "capitals.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = json.loads(run("caps", "--json", data=("capitals.jsonl",), rows=False).stdout)["sets"]["capitals"]
+    assert (found["harmful"], found["harmless"]) == (60, 60)
+
+
+def test_rows_about_an_answer_are_not_judged_as_prompts(run, shelf, capfd):
+    lines = (shelf / "frozen.jsonl").read_text().splitlines()
+    answers = [json.dumps({"text": f"harmless {i}", "response": "a bad *", "label": 1}) for i in range(40)]
+    (shelf / "mixed.jsonl").write_text("\n".join([*lines, *answers]) + "\n")
+    result = run("star@v2", "--json", data=("mixed.jsonl",))
+    found = json.loads(result.stdout)
+    assert found["sets"]["mixed"]["harmful"] == 150 and found["sets"]["mixed"]["recall"]["value"] == 1.0
+    assert "40 rows label a `response`" in " ".join(result.stderr.split())
+    (shelf / "answers.jsonl").write_text("\n".join(answers))
+    assert "every row labels a `response`" in refused(run("star@v2", data=("frozen.jsonl", "answers.jsonl")))
 
 
 def test_another_training_file_under_the_same_name_is_refused(run, shelf, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from monitor.cli.harvest import Pool, blocks
+from monitor.cli.harvest import Engine, Pool, blocks, reader_name
 from monitor.cli.harvest import harvest as command
 from monitor.config import cache_dir
 from monitor.engines.embedded.harvest import residual_streams
@@ -249,6 +249,7 @@ CHANGES = {
     "poolings": {"poolings": ("mean",)},
     "dtype": {"dtype": "float16"},
     "max_text_tokens": {"max_text_tokens": 100},
+    "reader": {"reader": "vllm --quantization fp8"},
     "shard_rows": {"shard_rows": 6},
     "rows_sha256": {"samples": [*SAMPLES[1:], SAMPLES[0]]},
     "sources, rows, rows_sha256": {"samples": [*SAMPLES, CHAT]},
@@ -261,6 +262,30 @@ def test_another_plan_does_not_touch_the_folder(tiny, whole, differs):
     with pytest.raises(ConfigInvalid, match=rf"another harvest \({differs} differ\)"):
         run(tiny, whole, **CHANGES[differs])
     assert contents(whole) == before
+
+
+def test_features_of_two_readers_are_not_merged(tiny):
+    kinds = [make_plan(tiny, SAMPLES, LAYERS, reader=r).origin("mean") for r in ("embedded", "vllm")]
+    one, other = (Statistics(tiny.d_model, kind) for kind in kinds)
+    with pytest.raises(ProbeMismatch, match="reader is 'embedded' and 'vllm'"):
+        one.merge(other)
+
+
+def test_a_manifest_that_names_no_reader_is_read_but_not_gone_on_with(tiny, damaged):
+    plain = json.loads((damaged / MANIFEST).read_text())
+    del plain["plan"]["reader"]
+    (damaged / MANIFEST).write_text(json.dumps(plain))
+    assert len(Harvest(damaged).load("mean")[1]) == 23
+    with pytest.raises(ConfigInvalid, match=r"another harvest \(reader differ\)"):
+        run(tiny, damaged)
+
+
+def test_a_reader_is_named_by_engine_and_arguments_in_any_order():
+    one = reader_name(Engine.vllm, ["--quantization", "fp8", "--enforce-eager", "--max-num-seqs=4"])
+    assert one == reader_name(Engine.vllm, ["--max-num-seqs", "4", "--quantization=fp8", "--enforce-eager"])
+    assert one == "vllm --enforce-eager --max-num-seqs 4 --quantization fp8"
+    assert len({reader_name(Engine.embedded), reader_name(Engine.vllm), one}) == 3
+    assert reader_name(Engine.vllm, ["--a", "x", "--b", "y"]) != reader_name(Engine.vllm, ["--a", "y", "--b", "x"])
 
 
 def test_another_label_is_another_plan_but_the_same_hash(tiny, whole):

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -164,6 +165,16 @@ def test_no_pair_is_missed_by_looking_only_where_rare_shingles_meet(threshold):
     assert others == set(first.items())
 
 
+def test_a_near_text_of_another_group_is_found_behind_one_of_the_same_group():
+    (base,) = texts(1, 7, words=40)
+    every = [base + end for end in ("", " .", " !", " ?", " ;")]
+    pairs = near_pairs(every, groups=["a", "b", "a", "b", "a"])
+    assert [(i, j) for i, j, _ in pairs] == [(0, 1), (1, 2), (0, 3), (1, 4)]
+    assert [(i, j) for i, j, _ in near_pairs(every, groups=["a", "a", "a", "b", "c"])] == [(0, 3), (0, 4)]
+    assert near_pairs(every, groups=["a"] * 5) == []
+    assert [(i, j) for i, j, _ in near_pairs(every)] == [(0, j) for j in range(1, 5)]
+
+
 def test_no_texts_have_no_pairs():
     assert near_pairs([]) == [] and near_others([], ["a"]) == [] and near_others(["a"], []) == []
 
@@ -207,6 +218,13 @@ def test_the_text_floor_is_measured_on_rows_held_back():
     made = [Row(text, chance.randint(0, 1), "s", str(i)) for i, text in enumerate(texts(400, 2))]
     assert 0.4 < shortcuts.words_auroc(made) < 0.6
     assert shortcuts.words_auroc([Row(r.text, r.label, "s", "one group") for r in made]) is None
+
+
+def test_the_text_floor_is_fitted_on_texts_whatever_answers_stand_beside_them():
+    """The texts tell the labels, and the answers tell the opposite."""
+    made = [Row(f"{'sea' if i % 2 else 'oak'} {t}", i % 2, "s", str(i)) for i, t in enumerate(texts(200, 2))]
+    answered = [replace(r, answer=f"{'oak' if r.label else 'sea'} indeed") for r in made]
+    assert shortcuts.words_auroc(answered) == shortcuts.words_auroc(made) > 0.6
 
 
 def test_sources_of_one_label_are_a_warning(write):

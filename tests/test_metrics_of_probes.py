@@ -22,7 +22,6 @@ from training.metrics import (
     false_alarms_a_day,
     interval,
     log_auroc,
-    mcnemar,
     over_sets,
     paired,
     share_above,
@@ -100,16 +99,6 @@ def test_calibrations_are_never_measured_on_the_groups_they_were_fitted_on():
     labels = np.repeat(np.random.default_rng(1).integers(0, 2, 600), 2)
     groups = [str(i // 2) for i in range(1200)]
     assert calibrations(Sample.of(values, labels, groups))["isotonic"]["brier"] > 0.24
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
-def test_mcnemar_equals_the_exact_binomial_test(rows):
-    one, other = np.array(rows, dtype=bool).reshape(-1, 2).T
-    flips = mcnemar(one, other)
-    a, b = int((one & ~other).sum()), int((other & ~one).sum())
-    assert (flips.only_one, flips.only_other) == (a, b)
-    assert flips.p == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
 
 
 def test_over_sets_names_the_one_that_fails():

@@ -56,7 +56,9 @@ def shelf(quiet, star_probe, tmp_path_factory):
     write(folder / "resp_xstest.jsonl", 60, 20, 0.4, response=True)
     write(folder / "own.jsonl", 60, 21, 0.5)
     recipe = Recipe(
-        sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.3},), evaluate=("jailbreakbench.jsonl",)
+        sources=({"file": "train.jsonl", "calibrate": 0.2, "test": 0.3},),
+        evaluate=("jailbreakbench.jsonl",),
+        max_text_tokens=192,
     )
     probe, threshold = star_probe
     fit = {"data": (described,), "fit": {"recipe": recipe.model_dump(mode="json")}}
@@ -223,11 +225,64 @@ def test_a_concept_is_measured_on_its_own_rows_and_given_sets(run, shelf):
     assert set(report["sets"]) == {"own", "everyday", "unseen harmful"} and report["answers"] == {}
 
 
-def test_without_a_recipe_there_are_no_floors(run):
+def test_a_set_of_capitals_keeps_both_rows_of_each_pair(run, shelf):
+    pairs = [{"text": t, "label": y} for i in range(20) for t, y in ((f"Row {i}", 0), (f"ROW {i}", 1))]
+    (shelf / "capitals.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = figures(run, "concept", "--set", str(shelf / "capitals.jsonl"))["sets"]["capitals"]
+    assert (found["harmful"], found["harmless"]) == (20, 20)
+
+
+def test_without_a_recipe_there_are_no_floors(run, shelf):
     report = figures(run, "alone")
     assert set(report["sets"]) == set(SETS) and report["sweep"] == {} and report["controls"] == {}
     assert report["sets"]["strongreject"]["against"] is None and "auroc" not in report["sets"]["strongreject"]
     assert any("its card has no recipe" in note for note in report["notes"])
+    assert "the card does not say where the calibration rows were" in (shelf / "alone" / "report.html").read_text()
+
+
+def test_with_a_training_file_missing_texts_are_cut_as_its_recipe_says(run, shelf, tmp_path):
+    (tmp_path / "xstest.jsonl").write_bytes((shelf / "xstest.jsonl").read_bytes())
+    result, out = run("star", "--no-attacks", data=tmp_path, out="missing")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert report["max_text_tokens"] == 192 and "cut after 192 tokens, as the calibration rows were" in page
+    (note,) = [n for n in report["notes"] if "train.jsonl" in n]
+    assert "rows that the probe has seen are not told from others" in note
+
+
+@pytest.mark.parametrize(
+    ("files", "sets"),
+    [
+        (("train.jsonl",), {"everyday", "unseen harmful"}),
+        (("tense_reformulations.jsonl",), {"tense_reformulations"}),
+        ((), None),
+    ],
+)
+def test_without_a_new_set_there_is_a_report_all_the_same(run, shelf, tmp_path, files, sets):
+    for name in files:
+        (tmp_path / name).write_bytes((shelf / name).read_bytes())
+    result, out = run("star", "--no-attacks", data=tmp_path, out=f"few{len(files)}")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert Reader(page).open == [] and (set(report["sets"]) if "sets" in report else None) == sets
+    assert not report.get("calibration") and "all sets" not in page
+    assert any("nothing about requests" in note for note in report["notes"]) == (sets is None)
+
+
+@pytest.mark.parametrize("name", ["xstest", "everyday"])
+def test_two_sets_of_one_name_are_refused(run, shelf, tmp_path, name):
+    """One would stand in the place of the other, or both figures be of one file's rows twice."""
+    path = write(tmp_path / f"{name}.jsonl", 20, 30, 0.5)
+    result, _ = run("star", "--set", str(path), "--no-attacks")
+    assert isinstance(result.exception, ConfigInvalid) and f"a set {name!r} already" in str(result.exception)
+
+
+def test_rows_about_an_answer_are_not_shown_as_prompts(run, shelf):
+    both = (shelf / "own.jsonl").read_text() + (shelf / "resp_xstest.jsonl").read_text()
+    (shelf / "both.jsonl").write_text(both)
+    report = figures(run, "concept", "--set", str(shelf / "both.jsonl"))
+    assert report["sets"]["both"]["rows"] == 60
+    assert "both: 60 rows that label a `response` are left out, for prompts are judged" in report["notes"]
 
 
 def test_fewer_rows_of_each_set(run):

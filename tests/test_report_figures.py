@@ -95,10 +95,28 @@ def test_the_rate_by_length_at_thresholds_by_length(three, card):
 def test_three_ways_to_a_probability_stand_side_by_side(card):
     ways = {name: {"brier": i / 10, "ece": i / 100} for i, name in enumerate(("logit", "platt", "isotonic"), 1)}
     own = {"platt": True, "brier": 0.4, "ece": 0.04}
-    shown = str(view._probabilities({"pooled": {"calibration": ways}, "calibration": own}))
+    shown = str(view._probabilities({"calibration": own | {"ways": ways}}))
     assert all(text in shown for text in ("isotonic, fitted on other fifths", "as served", "0.300", "0.040"))
-    assert "as served" not in str(view._probabilities({"pooled": {"calibration": ways}, "calibration": {}}))
-    assert view._probabilities({"pooled": {}}) == ""
+    assert "as served" not in str(view._probabilities({"calibration": {"ways": ways}}))
+    assert view._probabilities({"calibration": {}}) == "" == view._probabilities({})
+
+
+def test_all_four_probabilities_are_compared_on_the_same_new_rows(card):
+    """The rows held back are easy, and Platt's line was fitted to them: no figure on probabilities may hold them."""
+    chance = np.random.default_rng(0)
+    new = judged("new", "held-out", chance.normal(1, 2, 600), chance.normal(-1, 2, 600))
+    held = judged("unseen harmful", "unseen", [50] * 900, []), judged("everyday", "everyday", [], [-50] * 900)
+    card = card.model_copy(update={"platt": Platt(slope=1, intercept=0, n=9, positive=3)})
+    found = overall.over_all([new, *held], At(0.5, None), card)
+    own = found["calibration"]
+    assert own["n"] == 1200 and own["brier"] == pytest.approx(own["ways"]["logit"]["brier"]) and own["brier"] > 0.1
+    assert "calibration" not in found["pooled"]
+
+
+def test_without_a_new_set_nothing_is_said_of_probabilities(three, card):
+    found = overall.over_all(three[:1], At(98.5, None), card)
+    assert found["calibration"] == {} and found["pooled"]["harmless"] == 100
+    assert overall.over_all([judged("a", "attack", [1, 2], [])], At(98.5, None), card) == {}
 
 
 def test_the_roc_is_recall_at_a_share_of_everyday_requests(three, card):

@@ -15,6 +15,7 @@ from monitor.traffic.features import Feature
 from monitor.types import Action, Phase
 from probes_store.base import Base, load_base
 from training.fit import Scaler
+from training.load import read_rows
 from training.retrain.candidate import make, start_of
 from training.retrain.posterior import curvature, fit_posterior
 from training.retrain.run import Asked, retrain
@@ -167,6 +168,15 @@ def test_a_tenant_with_many_different_labels_is_held_to_its_share(world):
     code, auroc, counts = judged(world)
     print(f"\n200 lies of one tenant: exit {code}, AUROC against the live one {auroc}")
     assert code == 11 or (counts["capped"] == 1 and auroc["low"] > -0.02)
+
+
+def test_a_file_that_the_live_one_was_retrained_on_is_no_frozen_set(world):
+    given = asked(world)
+    live = world.store.load(MODEL, NAME, "v1")
+    card = live.card.model_copy(update={"data": (read_rows(given.frozen[0])[1],)})
+    world.store.publish(card, live.weight, live.bias)
+    with pytest.raises(ConfigInvalid, match=r"v2 was fitted on frozen\.jsonl"):
+        retrain(world.settings, given, print)
 
 
 def test_a_conversation_of_the_frozen_set_is_left_out(world):

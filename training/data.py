@@ -52,8 +52,7 @@ class Row:
 
     @property
     def identity(self) -> str:
-        """Spelling of case and space does not make another row."""
-        return same_text(self.text) if not self.answer else f"{same_text(self.text)}\0{same_text(self.answer)}"
+        return identity(self.text, self.answer)
 
 
 def read_jsonl(path: Path) -> tuple[list[Row], DataFile]:
@@ -108,12 +107,43 @@ def row_of(item: object, where: str, stem: str, size: int = 0) -> Row:
     return Row(text, int(label), source, group, answer=answer, split=str(item.get("split") or ""))
 
 
-def unique(rows: Iterable[Row]) -> list[Row]:
-    """The first row of each text, or text and answer."""
-    seen: dict[str, Row] = {}
+def about(rows: Iterable[Row], answers: bool, file: str) -> list[Row]:
+    """Rows whose label is about the answer, if `answers` says so, or else about the text. raises: ConfigInvalid for a
+    missing answer"""
+    if not answers:
+        return [replace(r, answer="") for r in rows]
+    found = list(rows)
+    for row in found:
+        if not row.answer.strip():
+            raise ConfigInvalid(f"{file}: no `response` beside {row.text[:40]!r}; the recipe has `answers: true`")
+    return found
+
+
+def unique(rows: Iterable[Row], before: Iterable[Row] = (), concept: bool = False) -> list[Row]:
+    """The first row of each text, or text and answer, without those that stand in `before`.
+
+    concept: texts that differ in case alone are two where their labels do: case may be all there is to a concept. What
+    is harmful is so in capitals, too
+    """
+    seen = {key for row in before for key in _keys(row, concept)}
+    kept = []
     for row in rows:
-        seen.setdefault(row.identity, row)
-    return list(seen.values())
+        keys = _keys(row, concept)
+        if seen.isdisjoint(keys):
+            kept.append(row)
+            seen |= keys
+    return kept
+
+
+def _keys(row: Row, concept: bool) -> set[tuple[object, ...]]:
+    if not concept:
+        return {(row.identity,)}
+    return {(row.identity, row.label), (" ".join(row.text.split()), " ".join(row.answer.split()))}
+
+
+def identity(text: str, answer: str = "") -> str:
+    """Spelling of case and space does not make another text, nor another answer to it."""
+    return f"{same_text(text)}\0{same_text(answer)}" if answer else same_text(text)
 
 
 def same_text(text: str) -> str:

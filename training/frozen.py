@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
 from monitor.config import Settings
@@ -24,10 +23,10 @@ from training.data import Row, same_text, unique
 from training.evaluate import set_figures
 from training.floor import tfidf_scores
 from training.gate import Decision, Evidence, decide
-from training.load import read_rows, stem
+from training.load import read_prompts, stem
 from training.metrics import Array
 from training.progress import progress
-from training.recipe import Recipe, gather
+from training.trained import Trained, beyond_recipe
 
 _RERUN = 32
 """Rows scored once more, each alone in its pass."""
@@ -62,14 +61,15 @@ def run_gate(
     one = _load(store, slug, candidate)
     other = _live(store, slug, one, against)
     _threshold(one, target)  # before the model is loaded
-    rows, described = frozen_rows(files)
+    rows, described = frozen_rows(files, one.card.kind == "concept")
     trained = _trained_on(one, folder)
+    refuse_fitted(one, described)
     _refuse_overlap(rows, trained)
     console = Console(stderr=True)
     with console.status(f"loading {settings.model} …"):
         dtype = settings.dtype or one.card.model.dtype
         model = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=dtype)
-    floor = None if trained is None else np.array(tfidf_scores(trained["fit"], [r.text for r in rows]))
+    floor = None if trained is None else np.array(tfidf_scores(trained.parts["fit"], [r.text for r in rows]))
     return compare(model, one, other, rows, described, target, floor, console)
 
 
@@ -144,43 +144,44 @@ def _threshold(probe: StoredProbe, target: float) -> float:
         ) from error
 
 
-def frozen_rows(files: Sequence[str]) -> tuple[list[Row], tuple[DataFile, ...]]:
-    """All rows, no text twice, each with its file's stem as key."""
+def frozen_rows(files: Sequence[str], concept: bool = False) -> tuple[list[Row], tuple[DataFile, ...]]:
+    """All rows about a prompt, no text twice, each with its file's stem as key. raises: ConfigInvalid"""
     rows: list[Row] = []
     described = []
     for file in files:
-        found, what = read_rows(file)
+        found, left, what = read_prompts(file)
+        if left:
+            Console(stderr=True).print(f"{file}: {left} rows label a `response`, not a prompt; they are left out")
         rows += [replace(r, key=stem(file)) for r in found]
         described.append(what)
-    kept = unique(rows)
+    kept = unique(rows, concept=concept)
     for label, word in ((1, "harmful"), (0, "harmless")):
         if not any(r.label == label for r in kept):
             raise ConfigInvalid(f"--data has no {word} rows (label {label}); a gate needs both: add a file")
     return kept, tuple(described)
 
 
-def _trained_on(probe: StoredProbe, folder: Path | None) -> dict[Any, list[Row]] | None:
-    """The candidate's rows by part, out of the recipe in its card; None without a folder.
-
-    raises: ConfigInvalid if a file is missing, or is not the one that the card names
-    """
-    if folder is None:
-        return None
-    try:
-        recipe = Recipe.model_validate(probe.card.fit.get("recipe"))
-    except ValidationError as error:
-        raise ConfigInvalid(f"{_named(probe)} has no recipe in its card: leave --rows out") from error
-    parts, files = gather(recipe, folder)
-    known = {f.file: f.sha256 for f in probe.card.data}
-    for file in files:
-        if known.get(file.file) != file.sha256:
-            raise ConfigInvalid(f"{file.file} in {str(folder)!r} is not the file that {_named(probe)} was trained on")
-    return dict(parts)
+def _trained_on(probe: StoredProbe, folder: Path | None) -> Trained | None:
+    """None without a folder. raises: ConfigInvalid if the candidate's rows can't be told"""
+    trained = None if folder is None else Trained.of(probe.card, folder)
+    if trained is not None and trained.missing:
+        raise ConfigInvalid(f"{_named(probe)}: {trained.missing}; leave --rows out, or mend it")
+    return trained
 
 
-def _refuse_overlap(rows: Sequence[Row], trained: dict[Any, list[Row]] | None) -> None:
+def refuse_fitted(probe: StoredProbe, described: Sequence[DataFile]) -> None:
+    """raises: ConfigInvalid for a file that it was fitted on beside its recipe, as its card says"""
+    beyond = beyond_recipe(probe.card)
+    for file in described:
+        if file.sha256 in beyond:
+            raise ConfigInvalid(
+                f"{_named(probe)} was fitted on {file.file}, as its card says; it can't be judged on it"
+            )
+
+
+def _refuse_overlap(rows: Sequence[Row], trained: Trained | None) -> None:
     """raises: ConfigInvalid if the candidate has seen a frozen row"""
-    seen = {same_text(r.text) for part in ("fit", "calibrate") for r in (trained or {}).get(part, ())}
+    seen = set() if trained is None else trained.texts
     known = sum(same_text(r.text) in seen for r in rows)
     if known:
         raise ConfigInvalid(f"the candidate was fitted or calibrated on {known} of the rows in --data; leave them out")

@@ -39,6 +39,8 @@ from training.statistics import Statistics
 from training.texts import Reader
 
 SHARD_ROWS = 512
+EMBEDDED = "embedded"
+"""The reader that is used if no other is given."""
 POOL: dict[Pooling, Callable[[Turn], Turn]] = {"mean": lambda turn: turn, "last": lambda t: Turn(t.end - 1, t.end)}
 """The positions of a turn that are averaged."""
 
@@ -73,8 +75,9 @@ def make_plan(
     dtype: Literal["float16", "float32"] = "float32",
     max_text_tokens: int = 512,
     shard_rows: int = SHARD_ROWS,
+    reader: str = EMBEDDED,
 ) -> Plan:
-    """max_text_tokens: each message is cut after so many
+    """max_text_tokens: each message is cut after so many; reader: names what `harvest` is given as `read`
 
     raises: ConfigInvalid without samples, layers or poolings, or for a layer the model does not have
     """
@@ -89,6 +92,7 @@ def make_plan(
     return Plan(
         model=model.name,
         fingerprint=model.fingerprint,
+        reader=reader,
         model_dtype=model.dtype,
         template_hash=model.template.hash,
         position_rule=POSITION_RULE,

@@ -160,8 +160,7 @@ def _repeats(placed: Sequence[_Placed]) -> list[Finding]:
         kept = [first for first, *_ in same]
         near += [
             (kept[j], f"{kept[i].where} ({s:.2f})")
-            for i, j, s in near_pairs([p.row.text for p in kept])
-            if kept[i].row.group != kept[j].row.group
+            for i, j, s in near_pairs([p.row.text for p in kept], groups=[p.row.group for p in kept])
         ]
     return [
         *_each(

@@ -47,6 +47,21 @@ def read_rows(file: str | Path, folder: Path = Path()) -> tuple[list[Row], DataF
     return rows, described.model_copy(update={"file": str(file)})
 
 
+def read_prompts(file: str | Path, folder: Path = Path()) -> tuple[list[Row], int, DataFile]:
+    """Rows whose label is about their `text`, how many label a `response` instead, and the file.
+
+    raises: ConfigInvalid as `read_rows`, or if no row is about a prompt
+    """
+    rows, described = read_rows(file, folder)
+    kept = [r for r in rows if not r.answer]
+    if not kept:
+        raise ConfigInvalid(
+            f"{file}: every row labels a `response`, and prompts are judged here; leave it out, or take the responses "
+            "out if the labels are about the texts"
+        )
+    return kept, len(rows) - len(kept), described
+
+
 def _read(path: Path) -> tuple[list[Row], DataFile]:
     kind = path.suffix.lower()
     if kind not in (".csv", ".parquet"):

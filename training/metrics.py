@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from probes_store.calibration import Calibration, binomial_cdf, clopper_pearson
+from probes_store.calibration import Calibration, clopper_pearson
 
 Array = npt.NDArray[np.float64]
 Metric = Callable[[Array, Array], Array]
@@ -218,21 +218,6 @@ def conformal_threshold(calibration: Calibration, alpha: float) -> float:
     if above >= len(calibration.tail):
         raise Unsupported(f"the card keeps {len(calibration.tail)} values, too few for a rate of {alpha:.3%}")
     return calibration.tail[above]
-
-
-@dataclass(frozen=True, slots=True)
-class Flips:
-    """Rows that only one of two probes flags; p: exact and two-sided (McNemar), of such a split by chance"""
-
-    only_one: int
-    only_other: int
-    p: float
-
-
-def mcnemar(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> Flips:
-    """one, other: (n,) whether each probe flags the row"""
-    a, b = int((one & ~other).sum()), int((other & ~one).sum())
-    return Flips(a, b, min(1.0, 2 * binomial_cdf(min(a, b), a + b, 0.5)) if a + b else 1.0)
 
 
 def over_sets(values: Mapping[str, float]) -> dict[str, float | str]:

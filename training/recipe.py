@@ -22,6 +22,7 @@ from training.data import (
     PAIRS,
     Part,
     Row,
+    about,
     balanced,
     of_each_group,
     sample,
@@ -31,7 +32,7 @@ from training.data import (
 )
 from training.forms import reformed
 from training.heads import HeadRecipe
-from training.load import read_rows, stem
+from training.load import is_hub, read_rows, stem
 from training.pairs_made import Made, made
 
 
@@ -128,6 +129,13 @@ class Recipe(_Part):
         return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
 
     @model_validator(mode="after")
+    def _sets_told_apart(self) -> Recipe:
+        twice = [name for name, n in Counter(map(stem, self.evaluate)).items() if n > 1]
+        if twice:
+            raise ValueError(f"evaluate: two sets are called {twice[0]!r}; rename one, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _served_by_its_head(self) -> Recipe:
         fields = type(self).model_fields
         clash = [name for name in ("solver", "prompt", "response") if getattr(self, name) != fields[name].default]
@@ -191,7 +199,7 @@ def default_recipe(files: Sequence[str | Path], layer: int | None, epochs: int, 
 def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[DataFile]]:
     """All rows by part, no text twice. folder: where relative files lie
 
-    raises: ConfigInvalid if a class is missing, or for a file that is there to evaluate on
+    raises: ConfigInvalid if a class is missing, for a file that is there to evaluate on, or if two have one name
     """
     parts: dict[Part, list[Row]] = {"fit": [], "calibrate": [], "test": []}
     files: dict[str, DataFile] = {}
@@ -199,16 +207,21 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
     placed: dict[str, Part] = {}
     reforms: dict[str, Source] = {}
     used: dict[str, Counter[str]] = {}
+    named: dict[str, DataFile] = {}
     for source in recipe.sources:
         file = str(OWN.get(source.file, source.file))
         if stem(file) in EVALUATE_ONLY:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of the sources, or rename your own file")
         rows, described = read_rows(file, folder)
         before = files.get(described.file, described)
+        # On a hub many files are called alike, and nobody can rename them: there the whole address tells them apart.
+        if named.setdefault(file if is_hub(file) else stem(file), described).sha256 != described.sha256:
+            raise ConfigInvalid(
+                f"{file}: another source is called {stem(file)!r} too; rename one, rows go by that name"
+            )
         files[described.file] = described.model_copy(update={"license": source.license or before.license})
-        rows = _about(rows, source, described.file)
-        known = {r.identity for r in seen}
-        rows = [r for r in unique(rows) if r.identity not in known and text_hash(r.text) not in recipe.drop]
+        rows = about(rows, source.answers, described.file)
+        rows = [r for r in unique(rows, seen, recipe.kind == "concept") if text_hash(r.text) not in recipe.drop]
         if source.split is not None:
             rows = [r for r in rows if r.split == source.split]
         if source.label is not None:
@@ -242,13 +255,3 @@ def gather(recipe: Recipe, folder: Path) -> tuple[dict[Part, list[Row]], list[Da
         if not any(r.label == label for r in parts["fit"]):
             raise ConfigInvalid(f"the data has no {word} rows (label {label}) to fit on; add a file that has some")
     return parts, [f.model_copy(update={"used": dict(used.get(f.file, {}))}) for f in files.values()]
-
-
-def _about(rows: Sequence[Row], source: Source, file: str) -> list[Row]:
-    """Rows whose label is about what the source says it is about. raises: ConfigInvalid for a missing answer"""
-    if not source.answers:
-        return [replace(r, answer="") for r in rows]
-    for row in rows:
-        if not row.answer.strip():
-            raise ConfigInvalid(f"{file}: no `response` beside {row.text[:40]!r}; the recipe has `answers: true`")
-    return list(rows)

@@ -29,11 +29,16 @@ class _Part(BaseModel):
 
 
 class Plan(_Part):
-    """What is harvested, from what, and how; a folder holds one plan's shards. rows_sha256: of all rows in order"""
+    """What is harvested, from what, and how; a folder holds one plan's shards. rows_sha256: of all rows in order
+
+    reader: which engine read them, with its arguments: kernels and quantisation change a feature. An older manifest
+    does not say, so nothing goes on from it.
+    """
 
     format: Literal["midstream-harvest/1"] = FORMAT
     model: str
     fingerprint: str
+    reader: str = "not known"
     model_dtype: str
     template_hash: str
     position_rule: str
@@ -56,7 +61,7 @@ class Plan(_Part):
 
     def origin(self, pooling: Pooling) -> dict[str, str]:
         """What must be equal for two harvests' features to be of one kind."""
-        keys = ("model", "fingerprint", "model_dtype", "template_hash", "position_rule", "max_text_tokens")
+        keys = ("model", "fingerprint", "reader", "model_dtype", "template_hash", "position_rule", "max_text_tokens")
         return {key: str(getattr(self, key)) for key in keys} | {"pooling": pooling}
 
 

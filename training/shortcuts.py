@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -77,7 +78,8 @@ def words_auroc(rows: Sequence[Row]) -> float | None:
     """
     if find_spec("sklearn") is None:
         raise ConfigInvalid("scikit-learn is not installed; pip install midstream[train]")
-    rows = sample(rows, _MAX_FITTED, seed=0)
+    # The words of the texts, whatever answers stand beside them: it is texts that are held back and scored.
+    rows = [replace(r, answer="") for r in sample(rows, _MAX_FITTED, seed=0)]
     fold = np.array([int(hashlib.sha256(r.group.encode()).hexdigest(), 16) % _FOLDS for r in rows])
     labels = np.array([r.label for r in rows])
     values = []

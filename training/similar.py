@@ -8,7 +8,7 @@ ordered from the rarest to the most frequent, the first n - ceil(t * n) + 1 of o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,20 +35,25 @@ def jaccard(a: Shingles, b: Shingles) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
-def near_pairs(texts: Sequence[str], threshold: float = 0.8) -> list[tuple[int, int, float]]:
+def near_pairs(
+    texts: Sequence[str], threshold: float = 0.8, groups: Sequence[str] | None = None
+) -> list[tuple[int, int, float]]:
     """Pairs (i, j, similarity) with i < j and a similarity of at least `threshold`, by j.
 
-    Of a group of texts that are all alike, each is paired with the first one only: enough to know what to drop.
+    Of several texts that are all alike, each is paired with the first one only: enough to know what to drop.
+    groups: of the texts; those of one group are no pair, and each is paired with the first of another group
     """
     sets, prefixes = _prefixes(texts, threshold)
     holders: dict[int, list[int]] = {}
     pairs = []
     for j, prefix in enumerate(prefixes):
-        found = _first(j, prefix, sets, holders, threshold)
-        if found is None:
+        near = list(_near(j, prefix, sets, holders, threshold))
+        others = near if groups is None else [(i, s) for i, s in near if groups[i] != groups[j]]
+        if others:
+            pairs.append((others[0][0], j, others[0][1]))
+        # Two groups' texts stand for all that are alike: whichever group comes, one of them is of another.
+        if not near or (groups is not None and len({groups[i] for i, _ in near}) == 1 and len(others) == len(near)):
             _hold(j, prefix, holders)
-        else:
-            pairs.append((found[0], j, found[1]))
     return pairs
 
 
@@ -60,7 +65,7 @@ def near_others(texts: Sequence[str], others: Sequence[str], threshold: float = 
         _hold(j, prefix, holders)
     pairs = []
     for i in range(len(others), len(sets)):
-        found = _first(i, prefixes[i], sets, holders, threshold)
+        found = next(_near(i, prefixes[i], sets, holders, threshold), None)
         if found is not None:
             pairs.append((i - len(others), *found))
     return pairs
@@ -88,14 +93,13 @@ def _hold(index: int, prefix: list[int], holders: dict[int, list[int]]) -> None:
         holders.setdefault(shingle, []).append(index)
 
 
-def _first(
+def _near(
     index: int, prefix: list[int], sets: list[Shingles], holders: dict[int, list[int]], threshold: float
-) -> tuple[int, float] | None:
+) -> Iterator[tuple[int, float]]:
     own = sets[index]
     for other in sorted({i for shingle in prefix for i in holders.get(shingle, ())}):
         shorter, longer = sorted((len(sets[other]), len(own)))
         if shorter >= threshold * longer:
             similarity = jaccard(sets[other], own)
             if similarity >= threshold:
-                return other, similarity
-    return None
+                yield other, similarity

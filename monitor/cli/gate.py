@@ -79,7 +79,7 @@ def _show(console: Console, report: Report) -> None:
     checks = _table("check", "value, 95 % interval", "wanted", "verdict")
     for check in report.decision.checks:
         figure = None if check.figure is None else asdict(check.figure)
-        rate = check.name in ("recall", "false-positive rate")
+        rate = check.name == "false-positive rate"
         shown = _figure(figure, 100 if rate else 1, ".2f" if rate else "+.3f")
         checks.add_row(check.name, shown, check.wanted, f"[{_COLOUR[check.verdict]}]{check.verdict}[/]")
     console.print(checks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,7 +71,7 @@ def harvest(
         missing = sum(not sample.answer.strip() for sample in samples)
         raise ConfigInvalid(f"--answers: {missing} of {len(samples)} rows have no `response`; leave their files out")
     settings = load_settings(config, model=model)
-    with reading(settings, engine, layers, context.args, console) as (loaded, read):
+    with reading(settings, engine, layers, context.args, console) as (loaded, read, reader):
         plan = make_plan(
             loaded,
             samples,
@@ -79,6 +79,7 @@ def harvest(
             [p.value for p in pooling or [Pool.mean]],
             "float16" if half else "float32",
             max_text_tokens,
+            reader=reader,
         )
         rows = sum(len(plan.rows_of(number)) for number in unfinished(out, plan))
         with progress(console, "harvesting", rows) as tick:
@@ -96,14 +97,14 @@ def harvest(
 @contextlib.contextmanager
 def reading(
     settings: Settings, engine: Engine, layers: str, extra: list[str], console: Console
-) -> Iterator[tuple[LoadedModel, Averager | None]]:
-    """The model as `training.harvest` wants it, and who reads. raises: MidstreamError"""
+) -> Iterator[tuple[LoadedModel, Averager | None, str]]:
+    """The model as `training.harvest` wants it, who reads, and the reader's name. raises: MidstreamError"""
     if engine is Engine.vllm:
         need_vllm()
         from monitor.engines.vllm.harvest import VllmHarvest
 
         with VllmHarvest(settings, lambda n_layers: blocks(layers, n_layers), extra) as harvest:
-            yield harvest.model, harvest.read
+            yield harvest.model, harvest.read, reader_name(engine, extra)
         return
     from monitor.engines.embedded.model import load_model
 
@@ -111,7 +112,18 @@ def reading(
         raise ConfigInvalid(f"unknown argument {extra[0]!r}; vLLM's need --engine vllm")
     with console.status(f"loading {settings.model} …"):
         loaded = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=settings.dtype)
-    yield loaded, None
+    yield loaded, None, reader_name(engine)
+
+
+def reader_name(engine: Engine, extra: Sequence[str] = ()) -> str:
+    """Of an engine with its own arguments, in whatever order they come: two that differ may read other features."""
+    items: list[list[str]] = []
+    for word in extra:
+        if word.startswith("-") or not items:
+            items.append(word.split("=", 1))
+        else:
+            items[-1].append(word)
+    return " ".join([engine.value, *(" ".join(item) for item in sorted(items))])
 
 
 def need_vllm() -> None:

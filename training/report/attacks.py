@@ -73,7 +73,7 @@ def hard_benign(folder: Path, trained: Sequence[str]) -> list[PromptSet]:
     for file in HARD_FILES:
         name, room = Path(file).stem, HARD_ROWS - sum(len(s.rows) for s in found)
         if name not in trained and (folder / file).is_file():
-            rows = [r for r in read_set(file, folder) if r.label == 0]
+            rows = [r for r in read_set(file, folder)[0] if r.label == 0]
             found.append(PromptSet(name, "look-alikes", drawn(rows, room)))
     return found
 

@@ -33,22 +33,26 @@ def evaluate_sets(
     raises: ConfigInvalid if a file can't be read
     """
     seen = {same_text(r.text) for part in ("fit", "calibrate") for r in parts[part]}
+    concept = recipe.kind == "concept"
     sets: dict[str, Sequence[Row]] = {
-        stem(file): [r for r in read_set(file, folder) if same_text(r.text) not in seen] for file in recipe.evaluate
+        stem(file): [r for r in read_set(file, folder, concept)[0] if same_text(r.text) not in seen]
+        for file in recipe.evaluate
     }
     read = [r for of in sets.values() for r in of]
-    prompts_of = [r for r in parts["test"] if not r.answer]  # the others' labels are about their answers
-    sets["unseen_harmful"] = [r for r in prompts_of if r.label == 1]
-    everyday = [r for r in prompts_of if r.label == 0]
-    sets |= {f"harmless_{s}": [r for r in everyday if r.source == s] for s in sorted({r.source for r in everyday})}
+    # The others' labels are about their answers.
+    held = [(r, v) for r, v in zip(parts["test"], tested, strict=True) if not r.answer]
+    own = {"unseen_harmful": [(r, v) for r, v in held if r.label == 1]}
+    everyday = [(r, v) for r, v in held if r.label == 0]
+    for source in sorted({r.source for r, _ in everyday}):
+        own[f"harmless_{source}"] = [(r, v) for r, v in everyday if r.source == source]
+    sets |= {name: [r for r, _ in of] for name, of in own.items()}
     rows = [r for of in sets.values() for r in of]
     prompts = judge.prompts([r.text for r in read])
     with progress(
         console or Console(stderr=True), "evaluating, tokens", sum(len(p.token_ids) for p in prompts)
     ) as tick:
         values = score_prompts(judge, prompts, (), tick).values.tolist()
-    known = {r.identity: v for r, v in zip(parts["test"], tested, strict=True)}
-    values += [known[r.identity] for r in rows[len(read) :]]
+    values += [v for of in own.values() for _, v in of]
     words = tfidf_scores(parts["fit"], [r.text for r in rows])
     report: dict[str, Any] = {}
     start = 0

@@ -143,7 +143,7 @@ def _calibration(found: Mapping[str, Any]) -> Html:
         "right": [(0.0, 0.0), (1.0, 1.0)],
     }
     told = "" if found["ece"] is None else f"; Brier {found['brier']:.3f}, error {found['ece']:.3f}"
-    return line_chart(f"Probabilities on all sets{told}", lines, "said", "share that is harmful", (0, 1))
+    return line_chart(f"Probabilities on sets that are new to it{told}", lines, "said", "share that is harmful", (0, 1))
 
 
 _LENGTHS = {"everyday, thresholds by length": "the same, by length", "all harmless": "all"}

@@ -13,7 +13,7 @@ from probes_store.calibration import clopper_pearson
 from probes_store.card import Card
 from training import evaluate, metrics
 from training.evaluate import set_figures
-from training.metrics import Array, Unsupported
+from training.metrics import Array, Sample, Unsupported
 from training.report.figures import At, Joined, Judged, joined
 from training.report.sets import PromptSet
 
@@ -23,16 +23,21 @@ BINS = 10
 
 
 def over_all(judged: Sequence[Judged], at: At, card: Card) -> dict[str, Any]:
-    """`look_alikes`, `by_length`, `pooled`, `calibration`, and the curves that are drawn of them."""
-    rows = joined([j for j in judged if j.set.kind != "attack"])
+    """`look_alikes`, `by_length`, `pooled`, `calibration`, and the curves that are drawn of them; {} without sets."""
+    plain = [j for j in judged if j.set.kind != "attack"]
+    if not plain:
+        return {}
+    rows = joined(plain)
     everyday = [j for j in judged if j.set.kind == "everyday"]
     pooled = set_figures(rows.values.tolist(), rows.labels.tolist(), rows.groups, at.probe)
+    pooled.pop("calibration", None)  # of rows that Platt's line was fitted to, too
+    new = [j for j in plain if _is_new(j.set)]
     return {
         "pooled": pooled,
         "by_length": _lengths(everyday, rows, at),
         "look_alikes": hard_benign(judged, at.probe),
         # Probabilities were fitted to the rows that were held back: only other sets tell what they are worth.
-        "calibration": calibration(joined([j for j in judged if _is_new(j.set)]), card),
+        "calibration": calibration(joined(new), card) if new else {},
         "roc": _rocs(judged, everyday[0].scored.values) if everyday else {},
         "histogram": histogram(judged, at.probe),
     }
@@ -78,7 +83,10 @@ def by_length(rows: Joined, threshold: float, levels: Sequence[tuple[int, float]
 
 
 def calibration(rows: Joined, card: Card) -> dict[str, Any]:
-    """What the card's probabilities are worth on these rows; bins: of equal mass, with the share that is harmful."""
+    """What the card's probabilities are worth on these rows, and `ways` to make others; bins: of equal mass, with the
+    share that is harmful"""
+    if not len(rows.values):
+        return {}
     p = np.array([card.probability(v) for v in rows.values])
     found: dict[str, Any] = {"platt": card.platt is not None, "share_harmful": float(rows.labels.mean()), "n": len(p)}
     for name, figure in (("brier", evaluate.brier), ("ece", evaluate.ece)):
@@ -86,6 +94,10 @@ def calibration(rows: Joined, card: Card) -> dict[str, Any]:
             found[name] = figure(p, rows.labels)
         except Unsupported as error:
             found[name], found["refused"] = None, str(error)
+    try:
+        found["ways"] = evaluate.calibrations(Sample.of(rows.values, rows.labels.tolist(), rows.groups))
+    except Unsupported:
+        found["ways"] = {}
     found["bins"] = []
     for part in np.array_split(np.argsort(p, kind="stable"), BINS):
         if len(part):

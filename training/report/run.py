@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
 from monitor import __version__
@@ -25,13 +24,11 @@ from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeWeights
 from probes_store.calibration import Calibration, rows_needed
 from probes_store.store import Store, StoredProbe, model_slug
-from training.data import Part, Row, same_text
+from training.data import Row
 from training.floor import tfidf_scores
 from training.frozen import check_canaries, must_match
-from training.load import stem
 from training.metrics import Array, Unsupported, conformal_threshold
 from training.progress import progress
-from training.recipe import Recipe, gather
 from training.report import figures as figures
 from training.report.answers import answer_figures
 from training.report.attacks import DOCUMENTS, LENGTHS, attack_rows, attack_table, needle_table
@@ -39,6 +36,7 @@ from training.report.floors import Controls, fit_sample, sweep
 from training.report.overall import over_all
 from training.report.scores import Judge, Scored, score_answers, score_prompts
 from training.report.sets import MOST_ANSWERS, MOST_ROWS, answer_sets, held_back, prompt_sets
+from training.trained import Trained
 from training.transforms import TRANSFORMS
 
 RATES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05)
@@ -107,8 +105,13 @@ class Evaluation:
             raise ConfigInvalid(
                 f"{self.card.name}@{self.card.version} is not calibrated: there is no threshold to report"
             )
-        recipe, parts = self._trained_on()
-        self.parts: dict[Part, list[Row]] = parts
+        self.trained = Trained.of(self.card, data)
+        self.parts = self.trained.parts
+        if self.trained.missing:
+            self.notes.append(
+                "no text floor, no controls, no everyday rows and no attacks, and rows that the probe has seen are not "
+                f"told from others: {self.trained.missing}"
+            )
         with self.console.status(f"loading {settings.model} …"):
             dtype = settings.dtype or self.card.model.dtype
             self.model = load_model(settings.model, cache=settings.cache, revision=settings.revision, dtype=dtype)
@@ -116,6 +119,7 @@ class Evaluation:
         self.canaries = check_canaries(stored, self.model)
         how = self.card.aggregation
         weights = ProbeWeights(self.card.name, stored.weight, stored.bias)
+        recipe = self.trained.recipe
         longest = 512 if recipe is None else recipe.max_text_tokens
         self.judge = Judge(self.model, weights, how["prompt"], how["response"], longest)
 
@@ -136,6 +140,7 @@ class Evaluation:
             "target_fpr": self.options.target_fpr,
             "requests_a_day": self.options.requests_a_day,
             "max_text_tokens": self.judge.max_text_tokens,
+            "cut_as_calibrated": self.trained.recipe is not None,
             "notes": self.notes,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "code_version": __version__,
@@ -175,30 +180,17 @@ class Evaluation:
         found = {"target_fpr": target, "value": value, "n": calibration.n, "conformal": conformal}
         return found | {"source": calibration.source, "certified": others}
 
-    def _trained_on(self) -> tuple[Recipe | None, dict[Part, list[Row]]]:
-        """The probe's rows by part; without its recipe and files there are no floors and no everyday rows."""
-        try:
-            recipe = Recipe.model_validate(self.card.fit.get("recipe"))
-            parts, files = gather(recipe, self.data)
-        except (ValidationError, ConfigInvalid) as error:
-            reason = "its card has no recipe" if isinstance(error, ValidationError) else str(error)
-            self.notes.append(f"no text floor, no controls, no everyday rows and no attacks: {reason}")
-            return None, {"fit": [], "calibrate": [], "test": []}
-        known = {f.file: f.sha256 for f in self.card.data}
-        for file in files:
-            if known.get(file.file) != file.sha256:
-                raise ConfigInvalid(f"{file.file} in {str(self.data)!r} is not the file that the probe was trained on")
-        return recipe, parts
-
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _prompts(self, threshold: float) -> dict[str, Any]:
-        seen = {same_text(r.text) for part in ("fit", "calibrate") for r in self.parts[part]}
-        trained = {stem(f.file) for f in self.card.data}
+        seen, trained = self.trained.texts, self.trained.files
         folder = self.data if self.card.kind == "harm" else None  # a concept is no harm
         sets, notes = prompt_sets(folder, self.options.others, trained, seen, self.options.most)
         self.notes += notes
         sets += held_back(self.parts["test"], self.options.most)
+        if not sets:
+            self.notes.append("nothing about requests: there is no set of them; name one with --set, or another --data")
+            return {}
         layers = sorted({0, *self.card.layers})
         controls, swept = self._floors(layers)
         scored = self._score([r for s in sets for r in s.rows], layers, "sets")
@@ -250,7 +242,9 @@ class Evaluation:
 
     def _answers(self, threshold: float) -> dict[str, Any]:
         found = {}
-        for name, exchanges in answer_sets(self.data, min(self.options.most, MOST_ANSWERS)).items():
+        sets, notes = answer_sets(self.data, self.trained, min(self.options.most, MOST_ANSWERS))
+        self.notes += notes
+        for name, exchanges in sets.items():
             n = sum(len(e.text) + len(e.response) for e in exchanges) // 4
             with progress(self.console, f"answers of {name}, tokens (about)", n) as tick:
                 texts, answers = [e.text for e in exchanges], [e.response for e in exchanges]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from monitor.errors import ConfigInvalid
-from training.data import OWN, Row, read_bytes, row_of, same_text, unique
-from training.load import read_rows, stem
+from training.data import OWN, Row, identity, read_bytes, row_of, same_text, unique
+from training.load import read_prompts, stem
+from training.trained import Trained
 
 _T = TypeVar("_T")
 Kind = Literal["held-out", "look-alikes", "traffic", "attack", "everyday", "unseen"]
@@ -33,6 +34,9 @@ HELD_BACK = {"resp_gptfuzz": "evaluate"}
 """The split that is read of a set whose other half may be trained on."""
 LOOK_ALIKES = frozenset(("coconot_safety", "benign_roleplay", *OWN))
 """Training files whose harmless rows are made to look harmful: no everyday traffic, though they are held back too."""
+HELD_BACK_NAMES = ("everyday", "unseen look-alikes", "unseen harmful")
+ALL = "all of them"
+"""The name of the last row of a report's table."""
 MOST_ROWS = 750
 """Of a set; more of them, drawn by chance, narrow no interval that matters and take minutes."""
 MOST_ANSWERS = 320
@@ -62,9 +66,10 @@ class Exchange:
     group: str
 
 
-def read_set(file: str | Path, folder: Path = Path()) -> list[Row]:
-    """The rows of one set, no text twice. raises: ConfigInvalid"""
-    return unique(read_rows(file, folder)[0])
+def read_set(file: str | Path, folder: Path = Path(), concept: bool = False) -> tuple[list[Row], int]:
+    """The rows of one set that are about a prompt, no text twice, and how many are not. raises: ConfigInvalid"""
+    rows, left, _ = read_prompts(file, folder)
+    return unique(rows, concept=concept), left
 
 
 def prompt_sets(
@@ -72,19 +77,27 @@ def prompt_sets(
 ) -> tuple[list[PromptSet], list[str]]:
     """The known sets that lie in `folder` and `others`, which are files, and what there is to say of them.
 
-    folder: None for a probe that the known sets are not about; trained: stems of the files that the probe was trained
-    on; seen: texts, as `same_text` writes them
-    raises: ConfigInvalid if a file can't be read
+    folder: None for a concept, which the known sets are not about; trained: stems of the files that the probe was
+    trained on; seen: texts, as `same_text` writes them
+    raises: ConfigInvalid if a file can't be read, or two have one name
     """
     found, notes = [], []
     known = [] if folder is None else [folder / f"{name}.jsonl" for name in PROMPT_SETS]
     files: list[str | Path] = [*(f for f in known if f.is_file()), *others]
+    taken = {*HELD_BACK_NAMES, ALL}
     for file in files:
         name = stem(file)
         if name in trained:
             notes.append(f"{name} is left out: the probe was trained on it")
             continue
-        rows = read_set(file)
+        if name in taken:
+            raise ConfigInvalid(
+                f"{file}: a report has a set {name!r} already, and figures go by that name; leave it out, or rename it"
+            )
+        taken.add(name)
+        rows, left = read_set(file, concept=folder is None)
+        if left:
+            notes.append(f"{name}: {left} rows that label a `response` are left out, for prompts are judged")
         new = [r for r in rows if same_text(r.text) not in seen]
         if not new:
             raise ConfigInvalid(f"the probe was fitted or calibrated on every row of {name}; leave it out")
@@ -95,10 +108,26 @@ def prompt_sets(
     return found, notes
 
 
-def answer_sets(folder: Path, most: int = MOST_ANSWERS) -> dict[str, list[Exchange]]:
-    """The known sets of answers that lie in `folder`. raises: ConfigInvalid if one can't be read"""
-    files = [folder / f"{name}.jsonl" for name in ANSWER_SETS]
-    return {f.stem: drawn(read_exchanges(f, HELD_BACK.get(f.stem)), most) for f in files if f.is_file()}
+def answer_sets(
+    folder: Path, trained: Trained, most: int = MOST_ANSWERS
+) -> tuple[dict[str, list[Exchange]], list[str]]:
+    """The known sets of answers that lie in `folder`, without what the probe has seen, and what there is to say of
+    them. raises: ConfigInvalid if one can't be read"""
+    found, notes, seen = {}, [], trained.answers
+    for file in (folder / f"{name}.jsonl" for name in ANSWER_SETS):
+        if not file.is_file():
+            continue
+        if trained.missing and file.stem in trained.files:
+            notes.append(f"{file.stem} is left out: the probe was trained on it, and on which of its rows is not known")
+            continue
+        exchanges = read_exchanges(file, HELD_BACK.get(file.stem))
+        new = [e for e in exchanges if identity(e.text, e.response) not in seen]
+        if len(new) < len(exchanges):
+            known = len(exchanges) - len(new)
+            notes.append(f"{file.stem}: {known} of {len(exchanges)} answers left out, the probe was trained on them")
+        if new:
+            found[file.stem] = drawn(new, most)
+    return found, notes
 
 
 def read_exchanges(path: Path, split: str | None = None) -> list[Exchange]:
@@ -135,10 +164,11 @@ def held_back(rows: Sequence[Row], most: int = MOST_ROWS) -> list[PromptSet]:
     rows = [r for r in rows if not r.answer]
     alike = [r for r in rows if r.label == 0 and (r.key in LOOK_ALIKES or stem(r.source) in LOOK_ALIKES)]
     everyday = [r for r in rows if r.label == 0 and r not in alike]
+    day, hard, harmful = HELD_BACK_NAMES
     sets = (
-        PromptSet("everyday", "everyday", drawn(everyday, 2 * most)),
-        PromptSet("unseen look-alikes", "look-alikes", drawn(alike, most)),
-        PromptSet("unseen harmful", "unseen", drawn([r for r in rows if r.label == 1], most)),
+        PromptSet(day, "everyday", drawn(everyday, 2 * most)),
+        PromptSet(hard, "look-alikes", drawn(alike, most)),
+        PromptSet(harmful, "unseen", drawn([r for r in rows if r.label == 1], most)),
     )
     return [s for s in sets if s.rows]
 

@@ -157,13 +157,15 @@ def _made(report: Report) -> Html:
     ]
     head = ("phase", "threshold", "certified for", "harmless rows", "conformal", "rows")
     found: Sequence[str] = report["notes"]
+    known = report.get("cut_as_calibrated", True)
+    cut = "as the calibration rows were" if known else "the card does not say where the calibration rows were"
     return section(
         "How it was made",
         table(head, thresholds),
         element("ul", *(element("li", note) for note in found)) if found else "",
         soft(
             f"Probe weights {report['probe']['sha256'][:16]}, canaries off by {report['probe']['canaries_off_by']:.2g} "
-            f"logits. Texts are cut after {report['max_text_tokens']} tokens, as the calibration rows were. midstream "
+            f"logits. Texts are cut after {report['max_text_tokens']} tokens, {cut}. midstream "
             f"{report['code_version']}, {report['created']}, {report['seconds']:,} s."
         ),
     )

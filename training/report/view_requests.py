@@ -8,6 +8,7 @@ from typing import Any
 from training.page import Html, element, join, table
 from training.report import charts as charts
 from training.report.charts import number, percent, section, soft
+from training.report.sets import ALL
 
 _KINDS = {"held-out": "held out", "look-alikes": "look-alikes", "unseen": "held back", "everyday": "everyday"}
 
@@ -15,18 +16,19 @@ _KINDS = {"held-out": "held out", "look-alikes": "look-alikes", "unseen": "held 
 def requests(report: Mapping[str, Any]) -> Html:
     sets: dict[str, Any] = report["sets"]
     ordered = {name: e for name, e in sets.items() if "auroc" in e}
+    pooled = {ALL: report["pooled"] | {"kind": "but attacks", "against": "own"}} if report.get("pooled") else {}
     return join(
         [
             section(
                 "Requests",
                 element("div", _order(ordered), _recall(sets), class_="row"),
-                _sets(sets | {"all of them": report["pooled"] | {"kind": "but attacks", "against": "own"}}),
+                _sets(sets | pooled),
                 soft(_AGAINST),
             ),
             section(
                 "Everyday requests, and those that only look harmful",
                 soft(_LOOK_ALIKES),
-                element("div", _false_positives(sets), charts.by_length(report["by_length"]), class_="row"),
+                element("div", _false_positives(sets), charts.by_length(report.get("by_length", {})), class_="row"),
             ),
             section("Curves", element("div", *charts.curves(report), class_="row"), _probabilities(report)),
             section("What a probe must beat", soft(_FLOORS), _floors(ordered)),
@@ -105,13 +107,13 @@ def _sets(sets: Mapping[str, Any]) -> Html:
 
 
 def _probabilities(report: Mapping[str, Any]) -> Html | str:
-    """Three ways to make probabilities of the values, and what the card's own are worth."""
-    ways = {name: tuple(w[k] for k in ("brier", "ece")) for name, w in report["pooled"].get("calibration", {}).items()}
+    """Three ways to make probabilities of the values, and what the card's own are worth, all on the same rows."""
     own = report.get("calibration", {})
+    ways = {name: tuple(w[k] for k in ("brier", "ece")) for name, w in own.get("ways", {}).items()}
     rows = [(_WAYS[name], *figures) for name, figures in ways.items()]
     if own.get("platt") and own["brier"] is not None:
         rows.append((_WAYS["card"], own["brier"], own["ece"]))
-    head = ("probabilities, all sets but attacks", "Brier score", "calibration error, 15 bins of equal mass")
+    head = ("probabilities, rows of sets that are new to it", "Brier score", "calibration error, 15 bins of equal mass")
     return table(head, rows) if rows else ""
 
 

@@ -24,7 +24,7 @@ from probes_store.card import Card, DataFile
 from probes_store.store import Store, StoredProbe, model_slug
 from training.data import EVALUATE_ONLY, Row, same_text
 from training.fit import Array
-from training.frozen import Report, compare, frozen_rows, must_match
+from training.frozen import Report, compare, frozen_rows, must_match, refuse_fitted
 from training.gate import EXIT_CODE, Verdict
 from training.load import read_rows, stem
 from training.retrain.beside import Beside, widened
@@ -67,6 +67,7 @@ class Retrainer:
         live = self._live()
         self._say(f"started from {live.card.version}")
         frozen, described = frozen_rows(self.asked.frozen) if self.asked.frozen else ([], ())
+        refuse_fitted(live, described)  # a candidate is gone on from it
         since = self._newest().card.seen_until
         traffic = read_traffic(self.settings.log, self.settings.features, live.card, since)
         with self.console.status(f"loading {self.settings.model} …"):
@@ -152,7 +153,8 @@ class Retrainer:
             raise ConfigInvalid(f"{file}: for evaluation only; take it out of --data, or rename your own file")
         rows, described = read_rows(file)
         known = {same_text(r.text) for r in frozen}
-        return [r for r in rows if not r.answer and same_text(r.text) not in known], described
+        new = [r for r in rows if not r.answer and same_text(r.text) not in known]
+        return new, described.model_copy(update={"used": {"fit": len(new)}})
 
     # --- the candidate ----------------------------------------------------------------------------------------------
 
