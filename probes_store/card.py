@@ -89,8 +89,9 @@ class Card(_Part):
     version: str = Field(pattern=r"^v[0-9]{1,6}$")
     kind: Literal["harm", "concept"] = "harm"
     """A concept (capital letters, HTML) is watched, and is never a category of harm."""
-    starts: Literal["block", "shadow"] = "block"
-    """What a shipped probe of harm does where no policy says; shadow: it is there to be compared first."""
+    starts: Literal["block", "shadow", "idle"] = "block"
+    """What a shipped probe of harm does where no policy says; shadow: it is there to be compared first; idle: it is not
+    served at all until somebody promotes it, and then it shadows."""
     description: str = ""
     created: str
     code_version: str

@@ -102,7 +102,7 @@ def shadow(
         key, live = f"{model}/{probe}", _serving(store, chosen, model, probe)
         _expected(probe, live, instead_of)
         if live is None:
-            raise ConfigInvalid(f"there is no probe {probe!r} for model {model!r}; see `midstream probes`")
+            raise ConfigInvalid(f"no version of {probe!r} is live for model {model!r}; see `midstream probe list`")
         if card is None:
             chosen.pop(key + CANDIDATE, None)
         elif card.version == live:
@@ -135,7 +135,8 @@ def _of_model(store: Store, model: str, probe: str, version: str) -> Card:
 
 def _serving(store: Store, chosen: dict[str, str], model: str, probe: str) -> str | None:
     versions = store.versions(model, probe)
-    version = chosen.get(f"{model}/{probe}", next(reversed(versions), None))
+    key = f"{model}/{probe}"
+    version = chosen[key] if key in chosen else store.unchosen(model, probe)
     return version if version in versions else None
 
 

@@ -65,6 +65,15 @@ def model_slug(name: str) -> str:
     return slug or "model"
 
 
+def _is_idle(folder: Path) -> bool:
+    """Whether its card says that it starts idle. What is wrong with a card is for `read_folder` to say."""
+    try:
+        card = json.loads((folder / "card.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(card, dict) and card.get("starts") == "idle"
+
+
 class Store:
     """overlay: the operator's folder, or None. raises: ConfigInvalid if it is not a directory"""
 
@@ -86,6 +95,12 @@ class Store:
     def newest(self, model: str, probe: str) -> str | None:
         return next(reversed(self.versions(model, probe)), None)
 
+    def unchosen(self, model: str, probe: str) -> str | None:
+        """The version to serve where live.json names none: the newest; None if there is none, or it starts idle."""
+        versions = self.versions(model, probe)
+        newest = next(reversed(versions), None)
+        return None if newest is None or _is_idle(versions[newest]) else newest
+
     def probes(self, model: str) -> list[str]:
         names: set[str] = set()
         for root in (self.shipped, self.overlay):
@@ -95,12 +110,18 @@ class Store:
         return sorted(names)
 
     def live(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Probe -> the version to serve: what live.json says, else the newest. chosen: in place of live.json"""
+        """Probe -> the version to serve: what live.json says, else the newest, unless that starts idle.
+
+        chosen: in place of live.json; raises: ConfigInvalid for a version that is not there
+        """
         chosen = self.choices() if chosen is None else chosen
         result = {}
         for probe in self.probes(model):
             versions = self.versions(model, probe)
-            version = chosen.get(f"{model}/{probe}", next(reversed(versions)))
+            key = f"{model}/{probe}"
+            version = chosen[key] if key in chosen else self.unchosen(model, probe)
+            if version is None:
+                continue
             if version not in versions:
                 raise ConfigInvalid(
                     f"live.json names {model}/{probe} {version!r}, which is not in the store; "

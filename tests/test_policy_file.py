@@ -138,7 +138,7 @@ def test_rates_come_out_of_the_card_and_are_shared_by_what_has_none_of_its_own(r
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"probes": {"nobody": {}}}, "names probe 'nobody'; this model has harmful-intent"),
+        ({"probes": {"nobody": {}}}, "names probe 'nobody'; of this model harmful-intent are live"),
         ({"second": {"probes": ["nobody"]}}, "names probe 'nobody'"),
         (probe(prompt={"mode": "block", "target_fpr": 1e-6}), "can't block in phase prompt"),
         ({"target_fpr": 0.005}, "in phase response (chat): 610 benign requests can't certify"),

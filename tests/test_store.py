@@ -24,6 +24,7 @@ from monitor.live import ServedModel, assemble, load_live
 from monitor.template import POSITION_RULE
 from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
+from probes_store.promote import Choice, promote, shadow
 from probes_store.store import MAX_FILE_BYTES, Store, model_slug, read_folder
 
 D, LAYER, MODEL = 8, 2, "tiny"
@@ -591,6 +592,18 @@ def test_live_json_chooses_and_goes_back(store, folder):
     assert store.live(MODEL) == {"demo": "v2"}
     (store.overlay / "live.json").write_text(json.dumps({f"{MODEL}/demo": "v1", "another/demo": "v9"}))
     assert store.live(MODEL) == {"demo": "v1"}
+
+
+def test_a_probe_that_starts_idle_is_served_when_somebody_promotes_it(store, folder):
+    extra = make_card().model_copy(update={"name": "extra", "starts": "idle"})
+    store.publish(extra, weights(), 0.0)
+    assert (store.live(MODEL), store.probes(MODEL)) == ({"demo": "v1"}, ["demo", "extra"])
+    with pytest.raises(ConfigInvalid, match="no version of 'extra' is live"):
+        shadow(store, MODEL, "extra", "v1")
+    assert promote(store, MODEL, "extra", "v1") == Choice("extra", "v1", None, None)
+    assert store.live(MODEL) == {"demo": "v1", "extra": "v1"}
+    store.publish(make_card().model_copy(update={"name": "extra"}), weights(), 0.0)
+    assert store.live(MODEL)["extra"] == "v1", "a newer one is not live by itself either"
 
 
 @pytest.mark.parametrize("version", ["v2", "1", "", "../v1"])

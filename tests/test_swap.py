@@ -217,7 +217,7 @@ def test_a_policy_can_not_name_a_candidate(both):
     both.admin("POST", "probes/hair/shadow", json={"version": "v3"})
     both.settings.policy.write_text("name: blocks\nprobes:\n  hair@v3: {prompt: {mode: block}}\n")
     refused = both.admin("POST", "policy/reload")
-    assert refused.status_code == 422 and "this model has hair" in refused.json()["error"]["message"]
+    assert refused.status_code == 422 and "of this model hair" in refused.json()["error"]["message"]
 
 
 # --- under load -----------------------------------------------------------------------------------------------------

@@ -127,8 +127,9 @@ def _load(store: Store, slug: str, given: str) -> StoredProbe:
 def _live(store: Store, slug: str, candidate: StoredProbe, against: str | None) -> StoredProbe | None:
     if against is not None:
         return _load(store, slug, against)
-    name, version = candidate.card.name, store.live(slug)[candidate.card.name]
-    return None if version == candidate.card.version else store.load(slug, name, version)
+    name = candidate.card.name
+    version = store.live(slug).get(name)
+    return None if version in (None, candidate.card.version) else store.load(slug, name, str(version))
 
 
 def _threshold(probe: StoredProbe, target: float) -> float:

@@ -116,7 +116,7 @@ class Recipe(_Part):
     drop: tuple[str, ...] = ()
     """Texts left out, by the first 16 digits of their sha256: near-duplicates of rows in an evaluation set."""
     kind: Literal["harm", "concept"] = "harm"
-    starts: Literal["block", "shadow"] = "block"
+    starts: Literal["block", "shadow", "idle"] = "block"
     phases: tuple[Phase, ...] = tuple(Phase)
     """What it is calibrated for; elsewhere it can only be shadowed."""
     description: str = ""

@@ -72,7 +72,7 @@ class Trainer:
         slug = model_slug(self.model.name)
         promoting.pin(self.store, slug, self.name)
         folder = self.store.publish(card, probe.weight, probe.bias, base.dump())
-        self._tell(folder, calibrations, metrics, self.store.live(slug)[self.name])
+        self._tell(folder, calibrations, metrics, self.store.live(slug).get(self.name))
         return folder
 
     def _evaluate(self, probe: ProbeWeights, calibrations: Calibrations, tested: Sequence[float]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Trainer:
             sha256=hashlib.sha256(b"").hexdigest(),  # the store sets it
         )
 
-    def _tell(self, folder: Path, calibrations: Calibrations, metrics: dict[str, Any], live: str) -> None:
+    def _tell(self, folder: Path, calibrations: Calibrations, metrics: dict[str, Any], live: str | None) -> None:
         out = self.console.print
         for method, figures in metrics["held_out"].items():
             out(
@@ -149,7 +149,9 @@ class Trainer:
             )
         phase, new = self.recipe.phases[0].value, folder.name
         then = f"it starts in shadow; to use it: midstream serve --mode {self.name}.{phase}=flag"
-        if live != new:
+        if live is None:
+            then = f"it is idle; to serve it: midstream probe promote {self.name} {new}"
+        elif live != new:
             then = (
                 f"{self.name} {live} stays live; to compare: midstream probe shadow {self.name} {new}, to replace it: "
                 f"midstream probe promote {self.name} {new}"

@@ -30,10 +30,9 @@ Reference = Annotated[str, typer.Argument(help="NAME, or NAME@VERSION.")]
 def _find(shelf: Store, model: str, reference: str) -> StoredProbe:
     name, _, version = reference.partition("@")
     if not version:
-        live = shelf.live(model)
-        if name not in live:
+        if name not in shelf.probes(model):
             raise ConfigInvalid(f"there is no probe {name!r} for model {model!r}; see `midstream probe list`")
-        version = live[name]
+        version = shelf.live(model).get(name) or str(shelf.newest(model, name))
     return shelf.load(model, name, version)
 
 
@@ -41,19 +40,19 @@ def _find(shelf: Store, model: str, reference: str) -> StoredProbe:
 def list_probes(model: Model = None, config: Config = None, store: Folder = None, as_json: Json = False) -> None:
     """List the probes in the store for a model."""
     shelf, slug = shelf_of(model, config, store)
-    live = shelf.live(slug)
-    if not live:
+    live, names = shelf.live(slug), shelf.probes(slug)
+    if not names:
         raise ConfigInvalid(f"there is no probe for model {slug!r}; train one: midstream train with the same --model")
     found = [
         {
             "probe": name,
             "version": version,
-            "live": live[name] == version,
+            "live": live.get(name) == version,
             "layers": list(stored.card.layers),
             "created": stored.card.created,
             "shipped": stored.shipped,
         }
-        for name in live
+        for name in names
         for version in shelf.versions(slug, name)
         for stored in [shelf.load(slug, name, version)]
     ]
@@ -88,7 +87,7 @@ def show(
     shelf, slug = shelf_of(model, config, store)
     stored = _find(shelf, slug, reference)
     card = stored.card
-    live = shelf.live(slug)[card.name] == card.version
+    live = shelf.live(slug).get(card.name) == card.version
     if markdown:
         print(model_card(stored), end="")
         return

@@ -91,7 +91,7 @@ def _choose(store: Store, slug: str, given: str | None) -> StoredProbe:
     name, _, version = given.partition("@")
     if name not in store.probes(slug):
         raise ConfigInvalid(f"there is no probe {name!r} for model {slug!r} in the store; see `midstream probes`")
-    return store.load(slug, name, version or store.live(slug)[name])
+    return store.load(slug, name, version or store.live(slug).get(name) or str(store.newest(slug, name)))
 
 
 class Evaluation:
