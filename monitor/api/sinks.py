@@ -35,6 +35,7 @@ class Sinks:
             required=settings.log_required,
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
+            texts_dropped=metrics.texts_dropped.inc,
         )
         self.feed = Feed()
         self.features: FeatureLog | None = None
