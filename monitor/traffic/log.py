@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from monitor.errors import ConfigInvalid
 from monitor.traffic.database import BUSY_S, FAILURES, Connect, Where, engine_of, make_file, migrate, reason, told
-from monitor.traffic.erase import CHUNK, DAY_S, drop_older, erase, keep_newest, scrub
+from monitor.traffic.erase import CHUNK, DAY_S, Newest, drop_older, erase, scrub_lightly
 from monitor.traffic.receipts import Receipt, Receipts
 from monitor.traffic.review import count_unlabelled
 from monitor.traffic.rows import Mark, Row, mark_features, row_of, write
@@ -55,7 +55,8 @@ _Item = _Entry | Said | _Job | None
 class TrafficLog:
     """`put` never blocks: a full queue drops the record and counts it. `close` writes what is queued.
 
-    where: a file, or PostgreSQL's URL; keep: newest records that stay, days: those older than that go, None: never
+    where: a file, or PostgreSQL's URL; keep: newest records that stay, up to a 64th more for a while; days: those
+    older than that go, None: never
     dropped: called with the number of records lost, from any thread
     required: no answer is ended before its record is written, and none begun while none can be; wait_s: seconds that
     the end of an answer waits for its record at most; cipher: keep texts, sealed with it
@@ -81,7 +82,7 @@ class TrafficLog:
     ) -> None:
         self.required, self.keeps_texts = required, cipher is not None
         self._texts_dropped = texts_dropped
-        self._where, self._keep, self._days, self._dropped = where, keep, days, dropped
+        self._where, self._newest, self._days, self._dropped = where, Newest(keep), days, dropped
         self._wait_s, self._cipher, self._clock = wait_s, cipher, clock
         self._queue: queue.Queue[_Item] = queue.Queue(queue_size)
         self._texts = 0  # characters of them in the queue
@@ -244,6 +245,7 @@ class TrafficLog:
             except FAILURES as error:  # a full or failing disk must not stop traffic; the loss is counted
                 hopeless = isinstance(error, DataError | IntegrityError)  # it is the records, not the database
                 self._failing = not hopeless
+                self._newest.forget()
                 if hopeless or not self.required or self._closing.wait(_RETRY_S):
                     self._drop(receipts)
                     self._texts_dropped(sum(len(t.answers) for t in texts))
@@ -262,7 +264,7 @@ class TrafficLog:
         """Returns how many texts are lost although the records are written."""
         with self._engine.begin() as connection:
             write(connection, rows)
-            keep_newest(connection, self._keep)
+            self._newest.trim(connection, len(rows))
             return write_said(connection, self._cipher, texts) if texts and self._cipher is not None else 0
 
     def _row(self, entry: _Entry) -> Row | None:
@@ -296,7 +298,7 @@ class TrafficLog:
             self._swept += gone
             if gone == CHUNK:
                 return
-            if self._swept and scrub(self._engine):
+            if self._swept and scrub_lightly(self._engine):
                 self._swept = 0
         except FAILURES as error:
             print(f"midstream: old records can't be dropped now ({reason(error)}); tried again soon", file=sys.stderr)
