@@ -19,6 +19,7 @@ from monitor.traffic.features import (
     FeatureWriter,
     Origin,
     Reason,
+    Retention,
     erase_features,
 )
 
@@ -47,6 +48,13 @@ def feature_log(settings: Settings, model: ServedModel, traffic: TrafficLog, met
     log = FeatureLog(writer, chances, settings.feature_queue, dropped)
     metrics.read("feature_queue_depth", lambda: log.depth)
     return log
+
+
+def retention(settings: Settings) -> Retention | None:
+    """What a feature log that is off by now has left grows old, too. None if there is nothing, or nothing too old."""
+    if settings.log_features or settings.log_days is None or not settings.features.is_dir():
+        return None
+    return Retention(settings.features, settings.log_days)
 
 
 def eraser(settings: Settings, traffic: TrafficLog, features: FeatureLog | None) -> Eraser:
