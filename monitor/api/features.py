@@ -10,7 +10,7 @@ from monitor.config import Settings
 from monitor.live import ServedModel
 from monitor.metrics import Metrics
 from monitor.template import POSITION_RULE
-from monitor.traffic import TrafficLog
+from monitor.traffic import TrafficLog, erase_each
 from monitor.traffic.features import (
     Chances,
     Dropped,
@@ -62,8 +62,7 @@ def eraser(settings: Settings, traffic: TrafficLog, features: FeatureLog | None)
     of_features = features.erase if features is not None else functools.partial(erase_features, settings.features)
 
     def erase(key: str | None, request_id: str | None) -> int:
-        n = traffic.erase(key, request_id)
-        of_features(key, request_id)
-        return n
+        acts = {"records": lambda: traffic.erase(key, request_id), "features": lambda: of_features(key, request_id)}
+        return erase_each(acts)["records"]
 
     return erase

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, select, text
 
 from monitor.errors import ConfigInvalid
-from monitor.traffic.database import Where, engine_of, opened, told
+from monitor.traffic.database import FAILURES, Where, engine_of, opened, reason, told
 from monitor.traffic.tables import labels, meta, readings, records, said
 
 CHUNK = 1000
@@ -62,7 +62,8 @@ def _delete(connection: Connection, which: ColumnElement[bool], at_most: int = C
 def erase(engine: Engine, key: str | None = None, request_id: str | None = None) -> int:
     """Every record of an API key's name ("" for requests without one) or of a request, by pieces; how many there were.
 
-    raises: SQLAlchemyError; ConfigInvalid if their bytes may still be in the file because somebody reads it
+    raises: ConfigInvalid, with the number of those that are erased, if it fails, or their bytes may still be in the
+    file because somebody reads it
     """
     if (key is None) == (request_id is None):
         raise ConfigInvalid("say whose records: a key or an id")
@@ -73,14 +74,18 @@ def erase(engine: Engine, key: str | None = None, request_id: str | None = None)
         which = (records.c.request_id == request_id) | records.c.request_id.startswith(
             f"{request_id}-", autoescape=True
         )
-    total = 0
-    while True:
-        with engine.begin() as connection:
-            gone = _delete(connection, which)
-        total += gone
-        if gone < CHUNK:
-            break
-    if not scrub(engine):
+    total, gone = 0, CHUNK
+    try:
+        while gone == CHUNK:
+            with engine.begin() as connection:
+                gone = _delete(connection, which)
+            total += gone
+        clean = scrub(engine)
+    except FAILURES as error:  # whoever asked has to know how far it came
+        raise ConfigInvalid(
+            f"{total} records are erased, then it failed ({reason(error)}); run it again, others or bytes may be left"
+        ) from error
+    if not clean:
         raise ConfigInvalid(
             f"{total} records are erased, but somebody reads the log, so their bytes may still be in its -wal file; "
             "run it again"
@@ -89,12 +94,28 @@ def erase(engine: Engine, key: str | None = None, request_id: str | None = None)
 
 
 def erase_texts(engine: Engine) -> int:
-    """Every kept text, and the memory of the key that they were sealed with. raises: as `erase`"""
+    """Every kept text, and the memory of the key that they were sealed with. raises: as `erase`; SQLAlchemyError"""
     with engine.begin() as connection:
         gone = connection.execute(delete(said)).rowcount
         connection.execute(delete(meta).where(meta.c.name == "key"))
     if not scrub(engine):
         raise ConfigInvalid(f"{gone} texts are erased, but somebody reads the log; run it again")
+    return gone
+
+
+def erase_each(acts: Mapping[str, Callable[[], int]]) -> dict[str, int]:
+    """Name -> how many went: of records, and then of their features. What fails with one keeps none of the others.
+
+    raises: ConfigInvalid at the end, with how many went and what failed
+    """
+    gone, failed = {}, []
+    for name, act in acts.items():
+        try:
+            gone[name] = act()
+        except (ConfigInvalid, OSError) as error:
+            failed.append(str(error))
+    if failed:
+        raise ConfigInvalid("; ".join([*(f"{n} {name} are erased" for name, n in gone.items()), *failed]))
     return gone
 
 
