@@ -80,16 +80,9 @@ def erase(engine: Engine, key: str | None = None, request_id: str | None = None)
             with engine.begin() as connection:
                 gone = _delete(connection, which)
             total += gone
-        clean = scrub(engine)
     except FAILURES as error:  # whoever asked has to know how far it came
-        raise ConfigInvalid(
-            f"{total} records are erased, then it failed ({reason(error)}); run it again, others or bytes may be left"
-        ) from error
-    if not clean:
-        raise ConfigInvalid(
-            f"{total} records are erased, but somebody reads the log, so their bytes may still be in its -wal file; "
-            "run it again"
-        )
+        raise ConfigInvalid(f"{total} records are erased, then it failed ({reason(error)}); run it again") from error
+    _scrubbed(engine, f"{total} records")
     return total
 
 
@@ -98,9 +91,17 @@ def erase_texts(engine: Engine) -> int:
     with engine.begin() as connection:
         gone = connection.execute(delete(said)).rowcount
         connection.execute(delete(meta).where(meta.c.name == "key"))
-    if not scrub(engine):
-        raise ConfigInvalid(f"{gone} texts are erased, but somebody reads the log; run it again")
+    _scrubbed(engine, f"{gone} texts")
     return gone
+
+
+def _scrubbed(engine: Engine, what: str) -> None:
+    try:
+        trouble = "" if scrub(engine) else "somebody reads the log"
+    except FAILURES as error:
+        trouble = reason(error)
+    if trouble:
+        raise ConfigInvalid(f"{what} are erased, but {trouble}, so their bytes may still be in its files; run it again")
 
 
 def erase_each(acts: Mapping[str, Callable[[], int]]) -> dict[str, int]:
