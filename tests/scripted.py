@@ -104,6 +104,7 @@ class Scripted:
             required=settings.log_required,
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
+            texts_dropped=self.metrics.texts_dropped.inc,
             **more,
         )
         self.engine = ScriptedEngine(self, say)

@@ -25,7 +25,7 @@ from monitor.template import POSITION_RULE
 from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
 from probes_store.promote import Choice, promote, shadow
-from probes_store.store import MAX_FILE_BYTES, Store, model_slug, read_folder
+from probes_store.store import BASE, MAX_FILE_BYTES, Store, model_slug, read_folder
 
 D, LAYER, MODEL = 8, 2, "tiny"
 TEMPLATE_HASH = "a" * 64
@@ -463,6 +463,16 @@ def heads_card(k=4, kind="attention", **changes):
     both = {"prompt": Aggregation(kind), "response": Aggregation(kind)}
     fields = {"projections": k, "aggregation": both, "canaries": (Canary(text="a canary", scores=(0.5,) * 2 * k),)}
     return make_card(**(fields | changes))
+
+
+def test_the_base_of_a_retrained_probe_is_private(store):
+    """Moments of few labelled rows may tell of one of them."""
+    modes = []
+    for fit in ({}, {"retrained": {"until": 1.0}}):
+        folder = store.publish(make_card(fit=fit), weights(), 0.25, b"moments")
+        modes.append({p.name: p.stat().st_mode & 0o077 for p in folder.iterdir()})
+        assert (folder / BASE).read_bytes() == b"moments"
+    assert modes[1][BASE] == 0 != modes[0][BASE] and modes[1]["card.json"] == modes[0]["card.json"] != 0
 
 
 def test_several_projections_are_stored_and_read_as_they_are(store):

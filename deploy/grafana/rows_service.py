@@ -104,10 +104,11 @@ OPERATION = (
     ),
     lines(
         "Log",
-        "Records not yet written, and records lost to a full or failing log.",
+        "Records not yet written; records and kept texts lost to a full or failing log.",
         COUNT,
         ("sum(midstream_record_queue_depth)", "queue"),
         (last_hour("records_dropped_total"), "lost, last hour"),
+        (last_hour("texts_dropped_total"), "texts lost, last hour"),
     ),
     lines(
         "Feature log",

@@ -10,7 +10,7 @@ from monitor.config import Settings
 from monitor.live import ServedModel
 from monitor.metrics import Metrics
 from monitor.template import POSITION_RULE
-from monitor.traffic import TrafficLog
+from monitor.traffic import TrafficLog, erase_each
 from monitor.traffic.features import (
     Chances,
     Dropped,
@@ -19,6 +19,7 @@ from monitor.traffic.features import (
     FeatureWriter,
     Origin,
     Reason,
+    Retention,
     erase_features,
 )
 
@@ -49,13 +50,19 @@ def feature_log(settings: Settings, model: ServedModel, traffic: TrafficLog, met
     return log
 
 
+def retention(settings: Settings) -> Retention | None:
+    """What a feature log that is off by now has left grows old, too. None if there is nothing, or nothing too old."""
+    if settings.log_features or settings.log_days is None or not settings.features.is_dir():
+        return None
+    return Retention(settings.features, settings.log_days)
+
+
 def eraser(settings: Settings, traffic: TrafficLog, features: FeatureLog | None) -> Eraser:
     """Records, and then their features: also those of a log that is off by now. Returns the number of records."""
     of_features = features.erase if features is not None else functools.partial(erase_features, settings.features)
 
     def erase(key: str | None, request_id: str | None) -> int:
-        n = traffic.erase(key, request_id)
-        of_features(key, request_id)
-        return n
+        acts = {"records": lambda: traffic.erase(key, request_id), "features": lambda: of_features(key, request_id)}
+        return erase_each(acts)["records"]
 
     return erase

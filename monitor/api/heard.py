@@ -33,34 +33,41 @@ class Heard:
         return {i: "".join(parts) for i, parts in self._parts.items()}
 
     def _add(self, data: bytes) -> None:
+        """Never raises, whatever an upstream says: its answer goes on, and only what we keep of it is less."""
         try:
             content = json.loads(data)
-        except ValueError:  # [DONE], or a body that is no answer
+        except (ValueError, RecursionError):  # [DONE], or a body that is no answer
             return
-        if isinstance(content, dict):
-            for index, text in _said(content):
+        for index, text in _said(_object(content)):
+            if isinstance(text, str) and isinstance(index, int):
                 size = self._sizes.get(index, 0)
                 self._parts.setdefault(index, []).append(text[: max(0, MAX_CHARACTERS - size)])
                 self._sizes[index] = size + len(text)
 
 
-def _said(content: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """(choice, text) of an event or a body: chat, completions, messages or responses."""
-    for choice in content.get("choices") or ():
+def _said(content: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(choice, text) of an event or a body: chat, completions, messages or responses. Either may be anything."""
+    for choice in _objects(content.get("choices")):
         index = choice.get("index", 0)
-        message = choice.get("delta") or choice.get("message") or {}
+        message = _object(choice.get("delta")) or _object(choice.get("message"))
         for text in (choice.get("text"), message.get("content"), message.get("reasoning_content")):
-            if isinstance(text, str):
-                yield index, text
-        for call in message.get("tool_calls") or ():
-            yield index, (call.get("function") or {}).get("arguments") or ""
+            yield index, text
+        for call in _objects(message.get("tool_calls")):
+            yield index, _object(call.get("function")).get("arguments")
     kind, delta = content.get("type"), content.get("delta")
-    if kind == "response.output_text.delta" and isinstance(delta, str):
+    if kind == "response.output_text.delta":
         yield 0, delta
-    elif kind == "content_block_delta" and isinstance(delta, dict):
-        yield 0, delta.get("text") or delta.get("partial_json") or ""
+    elif kind == "content_block_delta":
+        yield 0, _object(delta).get("text") or _object(delta).get("partial_json")
     elif kind == "message" or content.get("object") == "response":
-        items = [content] if kind == "message" else content.get("output") or ()
-        for part in (p for item in items for p in item.get("content") or ()):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield 0, part["text"]
+        for item in [content] if kind == "message" else _objects(content.get("output")):
+            for part in _objects(item.get("content")):
+                yield 0, part.get("text")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from monitor.api.admin.control import show_probes
 from monitor.api.admin.feed import Feed
-from monitor.api.features import feature_log
+from monitor.api.features import feature_log, retention
 from monitor.api.spans import Spans
 from monitor.config import Settings
 from monitor.errors import MidstreamError
@@ -35,9 +35,11 @@ class Sinks:
             required=settings.log_required,
             wait_s=settings.log_wait_s,
             cipher=Cipher(settings.log_key) if settings.log_text else None,
+            texts_dropped=metrics.texts_dropped.inc,
         )
         self.feed = Feed()
         self.features: FeatureLog | None = None
+        self.retention = retention(settings)
         self.lines = Outbox(
             settings.webhook_queue, print_line, lambda result: metrics.notice_lines.labels(result).inc()
         )
@@ -93,6 +95,8 @@ class Sinks:
     def close(self) -> None:
         if self.features is not None:
             self.features.close()
+        if self.retention is not None:
+            self.retention.close()
         self.traffic.close()
         self.lines.close()
         if self.webhook is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +15,9 @@ from rich.console import Console
 from monitor.audit import Audit
 from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid
-from monitor.traffic import Cipher, counts, erase, erase_texts, erased_from, find_said
+from monitor.traffic import Cipher, counts, erase, erase_each, erase_texts, erased_from, find_said
 from monitor.traffic.features import erase_features
+from monitor.traffic.labelling import request_key
 
 app = typer.Typer(no_args_is_help=True, help="The traffic log: counts, kept texts, and erasing.")
 Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
@@ -35,7 +38,7 @@ def status(config: Config = None, as_json: Json = False) -> None:
 @app.command("text")
 def text(request_id: str, config: Config = None) -> None:
     """What was said in one request, as JSON by choice: redacted, and only if the server runs with log_text."""
-    settings, key = load_settings(config), _plain(request_id)
+    settings, key = load_settings(config), request_key(request_id)
     found = find_said(settings.log, key, Cipher(settings.log_key))
     if not found:
         raise ConfigInvalid(
@@ -59,26 +62,33 @@ def erase_some(
     if [key is not None, request_id is not None, texts].count(True) != 1:
         raise ConfigInvalid("erase what? Give one of --key NAME, --id REQUEST_ID or --texts")
     settings = load_settings(config)
-    number = None if request_id is None else _plain(request_id)
-    act = erase_texts if texts else functools.partial(erase, key=key, request_id=number)
-    n = erased_from(settings.log, act)
-    what = "every text" if texts else f"key {key!r}" if key is not None else f"request {number!r}"
-    _note(settings, what, n)
-    rows = 0 if texts else erase_features(settings.features, key, number)  # after their records
-    _say(f"erased {n} {'texts' if texts else 'records'}" + (f" and {rows} features" if rows else ""))
+    number = None if request_id is None else request_key(request_id)
+    if texts:
+        what, acts = "every text", {"texts": lambda: erased_from(settings.log, erase_texts)}
+    else:
+        what = f"key {key!r}" if key is not None else f"request {number!r}"
+        of_records = functools.partial(erase, key=key, request_id=number)
+        acts = {
+            "records": lambda: erased_from(settings.log, of_records),
+            "features": lambda: erase_features(settings.features, key, number),
+        }
+    gone = _noted(settings, what, acts)
+    rows = gone.pop("features", 0)
+    ((kind, n),) = gone.items()
+    _say(f"erased {n} {kind}" + (f" and {rows} features" if rows else ""))
 
 
-def _note(settings: Settings, what: str, n: int) -> None:
-    audit = Audit(settings.audit)
-    try:
-        audit.ended(audit.write("command", "", "ERASE", what), f"{n} erased")
-    finally:
-        audit.close()
-
-
-def _plain(request_id: str) -> str:
-    """A completion's id is our own with a prefix."""
-    return request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+def _noted(settings: Settings, what: str, acts: Mapping[str, Callable[[], int]]) -> dict[str, int]:
+    """Written down before anything is erased, or nothing is; and how it ended, however that was."""
+    with contextlib.closing(Audit(settings.audit)) as audit:
+        row = audit.write("command", "", "ERASE", what)
+        try:
+            gone = erase_each(acts)
+        except ConfigInvalid as error:
+            audit.ended(row, str(error))
+            raise
+        audit.ended(row, f"{sum(n for kind, n in gone.items() if kind != 'features')} erased")
+        return gone
 
 
 def _say(line: str) -> None:

@@ -127,6 +127,7 @@ TABLE = (
     # the log, notices, operation
     Metric("gauge", "record_queue_depth", "Records not yet written."),
     Metric("counter", "records_dropped", "Records lost to a full or failing log."),
+    Metric("counter", "texts_dropped", "Texts of choices lost to a full or failing log, or to a lost record."),
     Metric(
         "gauge", "review_backlog", "Kept records of flags and blocks that nobody has labelled.", merge="livemostrecent"
     ),

@@ -24,9 +24,8 @@ def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
     second = body.second
     for wanted in (*body.probes, *(second.probes if second else ())):
         if wanted not in have:
-            raise ConfigInvalid(
-                f"policy {name!r} names probe {wanted!r}; this model has {', '.join(sorted(have))} live"
-            )
+            served = ", ".join(sorted(have))
+            raise ConfigInvalid(f"policy {name!r} names probe {wanted!r}; of this model {served} are live")
     terms = Terms(
         name,
         body.annotate,

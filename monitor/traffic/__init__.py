@@ -1,7 +1,7 @@
 """The traffic log: finished records -> SQLite or PostgreSQL, people's labels of them, and what leaves it again."""
 
 from monitor.traffic.database import Where
-from monitor.traffic.erase import erase, erase_texts, erased_from
+from monitor.traffic.erase import erase, erase_each, erase_texts, erased_from
 from monitor.traffic.log import TrafficLog
 from monitor.traffic.queue import Entry, Filter, counts, review_queue
 from monitor.traffic.receipts import Receipt
@@ -22,6 +22,7 @@ __all__ = [
     "count_unlabelled",
     "counts",
     "erase",
+    "erase_each",
     "erase_texts",
     "erased_from",
     "find_labels",

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from monitor.errors import ConfigInvalid
 from monitor.traffic.database import BUSY_S, FAILURES, Connect, Where, engine_of, make_file, migrate, reason, told
-from monitor.traffic.erase import CHUNK, DAY_S, drop_older, erase, keep_newest, scrub
+from monitor.traffic.erase import CHUNK, DAY_S, Newest, drop_older, erase, scrub_lightly
 from monitor.traffic.receipts import Receipt, Receipts
 from monitor.traffic.review import count_unlabelled
 from monitor.traffic.rows import Mark, Row, mark_features, row_of, write
@@ -55,10 +55,12 @@ _Item = _Entry | Said | _Job | None
 class TrafficLog:
     """`put` never blocks: a full queue drops the record and counts it. `close` writes what is queued.
 
-    where: a file, or PostgreSQL's URL; keep: newest records that stay, days: those older than that go, None: never
+    where: a file, or PostgreSQL's URL; keep: newest records that stay, up to a 64th more for a while; days: those
+    older than that go, None: never
     dropped: called with the number of records lost, from any thread
     required: no answer is ended before its record is written, and none begun while none can be; wait_s: seconds that
     the end of an answer waits for its record at most; cipher: keep texts, sealed with it
+    texts_dropped: as `dropped`, of texts by choice
     connect: opens SQLite; clock: seconds since the epoch
     raises: ConfigInvalid if the log can't be opened, or the texts in it were sealed with another key
     """
@@ -74,12 +76,13 @@ class TrafficLog:
         required: bool = False,
         wait_s: float = 1.0,
         cipher: Cipher | None = None,
+        texts_dropped: Callable[[int], None] = lambda n: None,
         connect: Connect = sqlite3.connect,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.required, self.keeps_texts = required, cipher is not None
-        self.lost_texts = 0
-        self._where, self._keep, self._days, self._dropped = where, keep, days, dropped
+        self._texts_dropped = texts_dropped
+        self._where, self._newest, self._days, self._dropped = where, Newest(keep), days, dropped
         self._wait_s, self._cipher, self._clock = wait_s, cipher, clock
         self._queue: queue.Queue[_Item] = queue.Queue(queue_size)
         self._texts = 0  # characters of them in the queue
@@ -109,17 +112,18 @@ class TrafficLog:
     # --- any thread -----------------------------------------------------------------------------------------------
 
     def put(self, record: Record) -> None:
-        receipt = self._receipts.expect(record.request_id, record.index)
+        receipt, left = self._receipts.expect(record.request_id, record.index)
         try:
             self._queue.put_nowait(_Entry(record, receipt))
         except queue.Full:
             self._drop([receipt])
+            self._texts_dropped(left is not None)
             return
-        if receipt is not None and receipt.left is not None:
-            self.say(receipt.left.of([record.index]))
+        if left is not None:
+            self.say(left)
 
     def say(self, said: Said) -> None:
-        """Texts of records that were put before. Dropped where there is no room, which `lost_texts` counts."""
+        """Texts of records that were put before. Dropped where there is no room, and counted."""
         with self._texts_lock:
             fits = self._cipher is not None and self._texts + said.size <= _MAX_TEXTS
             try:
@@ -128,7 +132,8 @@ class TrafficLog:
                     self._texts += said.size
             except queue.Full:
                 fits = False
-            self.lost_texts += not fits
+        if not fits:
+            self._texts_dropped(len(said.answers))
 
     @property
     def depth(self) -> int:
@@ -236,15 +241,17 @@ class TrafficLog:
         receipts = [receipt for _, receipt in prepared]
         while prepared or texts:
             try:
-                self._commit([row for row, _ in prepared], texts)
+                lost = self._commit([row for row, _ in prepared], texts)
             except FAILURES as error:  # a full or failing disk must not stop traffic; the loss is counted
                 hopeless = isinstance(error, DataError | IntegrityError)  # it is the records, not the database
                 self._failing = not hopeless
+                self._newest.forget()
                 if hopeless or not self.required or self._closing.wait(_RETRY_S):
                     self._drop(receipts)
-                    self.lost_texts += len(texts)
+                    self._texts_dropped(sum(len(t.answers) for t in texts))
                     break
             else:
+                self._texts_dropped(lost)
                 self._failing, self._wrote = False, time.monotonic()
                 for receipt in receipts:
                     if receipt is not None:
@@ -253,12 +260,12 @@ class TrafficLog:
         with self._texts_lock:
             self._texts -= sum(t.size for t in texts)
 
-    def _commit(self, rows: Sequence[Row], texts: Sequence[Said]) -> None:
+    def _commit(self, rows: Sequence[Row], texts: Sequence[Said]) -> int:
+        """Returns how many texts are lost although the records are written."""
         with self._engine.begin() as connection:
             write(connection, rows)
-            keep_newest(connection, self._keep)
-            if texts and self._cipher is not None:
-                write_said(connection, self._cipher, texts)
+            self._newest.trim(connection, len(rows))
+            return write_said(connection, self._cipher, texts) if texts and self._cipher is not None else 0
 
     def _row(self, entry: _Entry) -> Row | None:
         receipt = entry.receipt
@@ -291,7 +298,7 @@ class TrafficLog:
             self._swept += gone
             if gone == CHUNK:
                 return
-            if self._swept and scrub(self._engine):
+            if self._swept and scrub_lightly(self._engine):
                 self._swept = 0
         except FAILURES as error:
             print(f"midstream: old records can't be dropped now ({reason(error)}); tried again soon", file=sys.stderr)

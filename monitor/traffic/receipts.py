@@ -14,8 +14,8 @@ _LEFT_CHARACTERS = 2**24
 
 
 class Receipt:
-    """Of one request. digest: of its prompt, for its records; choices: those that have a record; whole: its answer went
-    out to the end; left: what was said, for records that come after its client has gone
+    """Of one request. digest: of its prompt, for its records; choices: those that have a record of its own name; whole:
+    its answer went out to the end; left: what was said, for records that come after its client has gone
 
     Records are counted in by `expect` and out by `settle`, from any thread; `wait` is awaited in an event loop.
     """
@@ -29,8 +29,7 @@ class Receipt:
         self._open = self._lost = 0
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
-    def expect(self, choice: int) -> None:
-        self.choices.append(choice)
+    def expect(self) -> None:
         self._open += 1
 
     def settle(self, lost: bool) -> None:
@@ -96,14 +95,22 @@ class Receipts:
                     self._gone_characters -= _size(self._gone.popitem(last=False)[1])
             return list(receipt.choices)
 
-    def expect(self, request_id: str, choice: int) -> Receipt | None:
-        """The receipt that waits for this record. A request that judges several texts names them ID, ID-1, ID-2, ..."""
+    def expect(self, request_id: str, choice: int) -> tuple[Receipt | None, Said | None]:
+        """The receipt that waits for this record, and the text that its client has left for it.
+
+        A request that judges several texts names them ID, ID-1, ID-2, ...; its own text goes with ID alone. Whether it
+        is this record's or is said by `close` is settled under the lock: never both, never neither.
+        """
         with self._lock:
             name = request_id.partition("-")[0]
             receipt = self._of.get(name) or self._gone.get(name)
-            if receipt is not None:
-                receipt.expect(choice)
-            return receipt
+            if receipt is None:
+                return None, None
+            receipt.expect()
+            if name != request_id:
+                return receipt, None
+            receipt.choices.append(choice)
+            return receipt, None if receipt.left is None else receipt.left.of([choice])
 
 
 def _size(receipt: Receipt) -> int:

@@ -33,25 +33,46 @@ def _form(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
+# Names of what is a secret, alone or within DB_PASSWORD, secretAccessKey, spring.datasource.password or JWT_SECRET_2.
+_WORD = (
+    r"(?:pass(?:words?|wd|phrase|code)|(?<![a-z0-9])pass(?=\s{0,3}[:=]|\\{0,7}[\"']|\Z)|pwd|secrets?|token|credentials?"
+    r"|(?:api|access|account|auth|encryption|master|private|session|signing)[ _-]?key)"
+)
+_COUNTED = r"(?![_-](?:budget|count|id|ids|length|limit|type|usage)\b)"  # of tokens: numbers, and no secrets
+_NAME = rf"{_WORD}{_COUNTED}\d{{0,3}}(?:[_.-]?(?:hash|key|string|text|value))?(?:[_.-][a-z0-9]{{1,24}}){{0,3}}"
+# Quotes may be escaped: JSON in a string of JSON, in a string of JSON.
+_SIGN = r"(?:\\{0,7}[\"'])?\s{0,3}(?::=|=>|={1,3}|:)\s{0,3}"
+_VALUE = (
+    r"(?!(?:null|none|true|false|undefined)\b|\[[a-z ]{3,24}\])"
+    r"(?:b?(?P<quote>\\{0,7}[\"'])(?:(?!(?<!\\)(?P=quote))[^\n]){1,500}+(?<!\\)(?P=quote)"
+    r"|(?:\\{0,7}[\"'])?(?!\[[a-z ]{3,24}\])(?:[^\s\"',;\\]|\\(?!\\{0,7}[\"'])){4,500}+)"
+)
+
 # Those that hold others in them come first. Every repeat is bounded or of one class: no text makes them slow.
 PATTERNS = (
-    Pattern("private key", _form(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[^-]{0,20000}(-----END [A-Z ]{0,40}-----)?")),
+    Pattern(
+        "private key",
+        _form(
+            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY( BLOCK)?-----([^-]|-(?!----)){0,20000}+(-----END [A-Z ]{0,40}-----)?"
+        ),
+    ),
     Pattern("token", re.compile(r"\beyJ[\w-]{8,4096}\.[\w-]{4,8192}(\.[\w-]{0,2048})?")),  # a JWT
-    Pattern("password", _form(r"\b(?<=://)[^\s:/@]{1,100}:[^\s:/@]{1,200}(?=@)")),  # in a URL
+    Pattern("password", _form(r"(?<=://)[^\s:/@]{0,100}:[^\s/@]{1,200}(?=@)")),  # in a URL
     Pattern("key", re.compile(r"\b(AKIA|ASIA|AROA|AIDA)[0-9A-Z]{16}\b")),  # AWS
     Pattern("key", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,255}|\bgithub_pat_\w{20,255}")),
     Pattern("key", re.compile(r"\bxox[abeoprs]-[\w-]{10,250}|\bAIza[\w-]{35}|\bya29\.[\w-]{20,500}")),  # Slack, Google
     Pattern("key", re.compile(r"\b(glpat-|hf_|npm_|pypi-|dop_v1_|shpat_|whsec_|SG\.)[\w.-]{16,300}")),
     Pattern("key", re.compile(r"\b[prs]k[-_][\w-]{16,250}")),  # OpenAI, Anthropic, Stripe
     Pattern("key", re.compile(r"\b\d{8,10}:[\w-]{35}\b")),  # Telegram
-    Pattern("token", _form(r"(?<=\bbearer )[\w.~+/-]{12,4096}=*")),
     Pattern(
-        "password",
+        "token",
         _form(
-            r"\b(password|passwd|passphrase|pwd|secret|token|api[ _-]?key|access[ _-]?key|client[ _-]?secret)\b"
-            r"[\"']?(\s{0,3}[:=]\s{0,3}|\sis\s)[\"']?(?!\[)[^\s\"',;]{4,500}+(?<![:=])"
+            rf"\bauthorization{_SIGN}(?:\\{{0,7}}[\"'])?(?!\[)(?:(?:apikey|basic|bearer|digest|token)\s{{1,3}}(?!\[))?"
+            r"[^\s\"',;]{4,4096}+"
         ),
     ),
+    Pattern("token", _form(r"(?<=\bbearer )[\w.~+/-]{12,4096}=*")),
+    Pattern("password", _form(rf"{_NAME}(?:{_SIGN}|\sis\s)(?!{_NAME}{_SIGN}){_VALUE}")),
     Pattern("mail", _form(r"[\w.%+-]{1,64}@[a-z0-9][a-z0-9-]{0,62}(\.[a-z0-9-]{1,63}){1,8}")),
     Pattern("account", _form(r"\b[A-Z]{2}\d{2}([ ]?[A-Z0-9]{4}){2,7}([ ]?[A-Z0-9]{1,4})?\b"), iban),
     Pattern("card", re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d])"), luhn),
@@ -71,12 +92,33 @@ def redact(text: str) -> str:
     return text
 
 
-def redacted(value: Any) -> Any:
-    """Every string of a JSON value, names of fields too, redacted."""
+_NAMED = _form(rf"(?:{_NAME}|\bauthorization)\Z")
+
+
+def redacted(value: Any, secret: bool = False) -> Any:
+    """Every string of a JSON value, names of fields too, redacted; and whatever stands behind the name of a secret.
+
+    secret: it stands behind such a name
+    """
     if isinstance(value, str):
-        return redact(value)
+        return "[password]" if secret and value else redact(value)
     if isinstance(value, dict):
-        return {redact(str(k)): redacted(v) for k, v in value.items()}
+        named = _is_named(value.get("name"))  # {"name": "DB_PASSWORD", "value": ...}
+        return {redact(str(k)): redacted(v, _is_named(k) or (named and k == "value")) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(v) for v in value]
-    return value
+        return [redacted(v, secret) for v in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return "[password]" if secret else _number(value)
+
+
+def _is_named(name: Any) -> bool:
+    return isinstance(name, str) and len(name) <= 200 and _NAMED.search(name) is not None
+
+
+def _number(value: float) -> Any:
+    """A card's may be one. Of few digits, as most are, none is looked at; nor of more than a card has."""
+    if not 10**12 <= value < 10**19:
+        return value
+    found = redact(plain := str(value))
+    return value if found == plain else found

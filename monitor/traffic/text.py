@@ -14,9 +14,10 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from monitor.errors import ConfigInvalid
-from monitor.traffic.database import Where, opened
+from monitor.traffic.database import FAILURES, Where, opened
 from monitor.traffic.redact import redacted
 from monitor.traffic.tables import meta, records, said
 
@@ -83,19 +84,39 @@ class Cipher:
             self.open(known, "key")
 
 
-def write_said(connection: Connection, cipher: Cipher, texts: Sequence[Said]) -> None:
-    """Of records that are there. raises: SQLAlchemyError"""
-    rows = []
-    for one in texts:
-        prompt = redacted(one.prompt)
+def write_said(connection: Connection, cipher: Cipher, texts: Sequence[Said]) -> int:
+    """Of records that are there, each once; returns how many are lost, which costs no record of the transaction.
+
+    raises: SQLAlchemyError where the whole transaction is lost
+    """
+    savepoint = connection.begin_nested()
+    try:
+        found = [_sealed(connection, cipher, one) for one in texts]
+        rows = [row for some in found for row in some]
+        if rows:
+            # The newest insert of a record's text is not better than the first: say it twice, and nothing happens.
+            ignoring = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+            connection.execute(ignoring(said).on_conflict_do_nothing(), rows)
+    except FAILURES:
+        savepoint.rollback()
+        return sum(len(one.answers) for one in texts)
+    savepoint.commit()
+    return sum(len(one.answers) for one in texts) - len(rows)
+
+
+def _sealed(connection: Connection, cipher: Cipher, one: Said) -> list[dict[str, Any]]:
+    """Rows of the choices that have a record."""
+    try:
+        prompt, rows = redacted(one.prompt), []
         for choice, answer in one.answers.items():
             query = select(records.c.id).where(records.c.request_id == one.request_id, records.c.choice == choice)
             number = connection.scalar(query)
             if number is not None:
                 plain = json.dumps({"prompt": prompt, "answer": redacted(answer)}).encode()
                 rows.append({"record": number, "sealed": cipher.seal(plain, _about(one.request_id, choice))})
-    if rows:
-        connection.execute(insert(said), rows)
+    except (TypeError, ValueError, RecursionError):  # one that JSON can't hold costs itself, not the thread
+        return []
+    return rows
 
 
 def find_said(where: Where, request_id: str, cipher: Cipher) -> dict[int, dict[str, Any]]:

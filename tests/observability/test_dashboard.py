@@ -33,6 +33,7 @@ LABELS = {  # of what no record sets: other modules count it
     "limited": ["rate_per_key"],
     "key_events": ["partner", "flag"],
     "records_dropped": [],
+    "texts_dropped": [],
     "features_kept": ["uniform"],
     "features_dropped": ["queue_full"],
     "notice_lines": ["written"],

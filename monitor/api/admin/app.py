@@ -30,6 +30,7 @@ from monitor.api.events import EventStream
 from monitor.audit import Audit
 from monitor.errors import ConfigInvalid, MidstreamError, Overloaded, RequestInvalid
 from monitor.offenders import Offenders
+from monitor.traffic.labelling import request_key
 
 MAX_TRACES = 4
 """Scored requests at once."""
@@ -201,7 +202,8 @@ def _erasing(app: FastAPI, erase: Callable[[str | None, str | None], int]) -> No
     async def erased(body: EraseRequest) -> Response:
         if (body.key is None) == (body.id is None):
             raise ApiError(400, "say whose records: one of key and id", code="bad_value")
-        return json_response({"erased": await asyncio.to_thread(erase, body.key, body.id)})
+        number = None if body.id is None else request_key(body.id)
+        return json_response({"erased": await asyncio.to_thread(erase, body.key, number)})
 
 
 def _scoring(app: FastAPI, tracer: Tracer) -> None:

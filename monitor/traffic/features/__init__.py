@@ -2,6 +2,7 @@
 
 from monitor.traffic.features.files import Feature, Reason, erase_features, read_features, write_features
 from monitor.traffic.features.log import FeatureLog
+from monitor.traffic.features.retention import Retention
 from monitor.traffic.features.sample import Chances, Kept
 from monitor.traffic.features.writer import Dropped, Events, FeatureWriter, Origin
 
@@ -15,6 +16,7 @@ __all__ = [
     "Kept",
     "Origin",
     "Reason",
+    "Retention",
     "erase_features",
     "read_features",
     "write_features",

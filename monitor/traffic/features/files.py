@@ -112,7 +112,8 @@ def feature_files(folder: Path) -> list[Path]:
 def erase_features(folder: Path, key: str | None = None, request_id: str | None = None) -> int:
     """Features of an API key's name or of a request go, as its records do; returns how many.
 
-    raises: ConfigInvalid as `read_features`, or if neither or both are given; OSError
+    raises: ConfigInvalid if neither or both are given, or at the end, naming every file that may still hold some
+    because it can't be read or written; OSError
     """
     if (key is None) == (request_id is None):
         raise ConfigInvalid("say whose features: a key or an id")
@@ -135,19 +136,28 @@ def _drop(folder: Path, goes: Callable[[Mapping[str, Any]], bool]) -> int:
     """Files are written anew without the rows that go: nothing of them is left in the folder."""
     if not folder.is_dir():
         return 0
-    gone = 0
+    gone, kept = 0, []
     with locked(folder):
         for part in folder.glob(".features-*.part"):  # of a process that was killed while it wrote
             part.unlink(missing_ok=True)
         for path in feature_files(folder):
-            some = _read(path, ["key", "request_id", "created"])
-            stays = [] if some is None else [not goes(row) for row in some.to_pylist()]
-            gone += len(stays) - sum(stays)
-            if not any(stays):
-                path.unlink(missing_ok=True)
-            elif not all(stays):
-                _write(path, _read(path).filter(stays).combine_chunks())
+            try:
+                gone += _drop_from(path, goes)
+            except (OSError, ConfigInvalid) as error:  # one file must not keep the others
+                kept.append(f"{path.name}: {error}")
+    if kept:
+        raise ConfigInvalid(f"{gone} rows of features are gone; others may still be in {'; '.join(kept)}")
     return gone
+
+
+def _drop_from(path: Path, goes: Callable[[Mapping[str, Any]], bool]) -> int:
+    some = _read(path, ["key", "request_id", "created"])
+    stays = [] if some is None else [not goes(row) for row in some.to_pylist()]
+    if not any(stays):
+        path.unlink(missing_ok=True)
+    elif not all(stays):
+        _write(path, _read(path).filter(stays).combine_chunks())
+    return len(stays) - sum(stays)
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ from monitor.traffic.erase import DAY_S
 from monitor.traffic.features.files import (
     Feature,
     check_parquet,
-    drop_older,
     erase_features,
     locked,
     new_path,
     write_features,
 )
+from monitor.traffic.features.retention import SWEEP_S, sweep
 from monitor.traffic.features.sample import Kept
 from monitor.traffic.rows import Mark
 from monitor.types import Phase, Record, Turn
@@ -34,7 +34,6 @@ Dropped = Literal["queue_full", "not_read", "not_finite", "no_record", "not_writ
 """Too many wait; the engine could not read it; NaN, or too large for float16; its record is gone; a failing disk."""
 _FLUSH_ROWS = 256
 _FLUSH_S = 300.0
-_SWEEP_S = 3600.0
 _WAIT_S = 60.0
 
 
@@ -197,6 +196,13 @@ class FeatureWriter:
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
+        kinds: dict[tuple[int, ...], list[Sequel]] = {}
+        for one in rows:  # a file has rows of the same layers: a swap may have come in between
+            kinds.setdefault(one.layers, []).append(one)
+        for of_kind in kinds.values():
+            self._write(of_kind)
+
+    def _write(self, rows: list[Sequel]) -> None:
         path = new_path(self._folder)
         try:
             marks = [(w.record.request_id, w.record.index, w.kept.q) for w in rows]
@@ -247,10 +253,6 @@ class FeatureWriter:
             erasure.done.set_exception(error)
 
     def _sweep(self) -> None:
-        if self._days is None or time.monotonic() < self._sweep_at:
-            return
-        try:
-            drop_older(self._folder, self._clock() - self._days * DAY_S)
-        except (OSError, ConfigInvalid) as error:
-            print(f"midstream: old features can't be dropped now ({error}); tried again later", file=sys.stderr)
-        self._sweep_at = time.monotonic() + _SWEEP_S
+        if self._days is not None and time.monotonic() >= self._sweep_at:
+            sweep(self._folder, self._clock() - self._days * DAY_S)
+            self._sweep_at = time.monotonic() + SWEEP_S
