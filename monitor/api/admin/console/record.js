@@ -10,18 +10,31 @@ import { traceChart } from "./trace.js";
 const LABELS = [["harmful", "h", "Harmful"], ["harmless", "s", "Harmless"], ["unsure", "u", "Unsure"]];
 let asked = null;
 
-/** label: called with a word of LABELS. */
+/** Other content for a place. Who had the focus there keeps it: on the same label's button, else on the place. */
+export function fill(place, parts) {
+  const had = place.contains(document.activeElement) ? document.activeElement : null;
+  const same = LABELS.map(([word]) => `.say.${word}`).find((button) => had?.matches(button));
+  place.replaceChildren(...parts);
+  if (had) ((same && place.querySelector(same)) ?? place).focus({ preventScroll: true });
+}
+
+/** What is being asked for is not shown any more. */
+export function stopShowing() {
+  asked?.abort();
+}
+
+/** label: called with a word of LABELS. Says `midstream:shown` with "ID/choice" once it is drawn. */
 export async function showRequest(place, id, choice, label) {
   asked?.abort();
   const own = (asked = new AbortController());
   try {
     const found = await get(`/admin/requests/${encodeURIComponent(id)}`, own.signal);
     const one = found.choices.find((c) => c.record.index === choice) ?? found.choices[0];
-    place.replaceChildren(...parts(found, one, label));
+    fill(place, parts(found, one, label));
     place.scrollTop = 0;
     place.dispatchEvent(new CustomEvent("midstream:shown", { detail: `${id}/${choice}` }));
   } catch (error) {
-    if (error.name !== "AbortError") place.replaceChildren(h("p", { class: "empty bad", role: "alert" }, error.message));
+    if (error.name !== "AbortError") fill(place, [h("p", { class: "empty bad", role: "alert" }, error.message)]);
   }
 }
 
