@@ -69,20 +69,33 @@ def promote(
         return _choose(chosen, model, probe, version, before)
 
 
-def rollback(store: Store, model: str, probe: str, tried: Tried | None = None) -> Choice:
+def rollback(
+    store: Store,
+    model: str,
+    probe: str,
+    tried: Tried | None = None,
+    to: str | None = None,
+    instead_of: str | None = None,
+) -> Choice:
     """Go back to the version that was live before; once more comes back again.
 
-    raises: ConfigInvalid if none is kept, ProbeInvalid if it is damaged; what `tried` raises
+    to: the version that must be the one before, instead_of: the one that live.json must name now; None: any
+    raises: ConfigInvalid if none is kept or it is another one than was expected, ProbeInvalid if it is damaged; what
+    `tried` raises
     """
     with _editing(store, tried) as chosen:
-        version = chosen.get(f"{model}/{probe}{PREVIOUS}")
+        key, serving = f"{model}/{probe}", _serving(store, chosen, model, probe)
+        _expected(probe, chosen.get(key, serving), instead_of)
+        version = chosen.get(key + PREVIOUS)
         if version is None:
             raise ConfigInvalid(
                 f"no earlier version of {probe!r} is kept for {model!r}; "
                 f"name one: midstream probe promote {probe} VERSION"
             )
+        if to not in (None, version):
+            raise ConfigInvalid(f"{probe} would go back to {version}, not to {to}: somebody has changed it meanwhile")
         store.load(model, probe, version)
-        return _choose(chosen, model, probe, version, _serving(store, chosen, model, probe))
+        return _choose(chosen, model, probe, version, serving)
 
 
 def shadow(

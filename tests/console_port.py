@@ -45,20 +45,27 @@ class FakeProbes:
     def _choice(self):
         return Choice("demo", self.live, self.previous, self.candidate)
 
-    async def promote(self, probe, version, fewer=False):
+    def _seen(self, live):
+        if live not in (None, self.live):
+            raise ConfigInvalid(f"demo {live} is not live any more, {self.live} is")
+
+    async def promote(self, probe, version, fewer=False, instead_of=None):
         self.asked.append(("promote", probe, version))
+        self._seen(instead_of)
         if version not in ("v1", "v2"):
             raise ConfigInvalid(f"there is no version {version}")
         self.live, self.previous, self.candidate = version, self.live, None
         return self._choice()
 
-    async def rollback(self, probe):
-        self.asked.append(("rollback", probe))
+    async def rollback(self, probe, to=None, instead_of=None):
+        self.asked.append(("rollback", probe, to))
+        self._seen(instead_of)
         self.live, self.previous = self.previous, self.live
         return self._choice()
 
-    async def shadow(self, probe, version):
+    async def shadow(self, probe, version, instead_of=None):
         self.asked.append(("shadow", probe, version))
+        self._seen(instead_of)
         self.candidate = version
         return self._choice()
 

@@ -1,5 +1,6 @@
 """Live changes (T23): live.json is followed without a restart; what does not verify is refused; nobody notices."""
 
+import functools
 import json
 import sys
 import threading
@@ -151,6 +152,24 @@ def test_what_is_refused_changes_neither_file_nor_service(both, tiny, what, body
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "refused")
     assert says in answer.json()["error"]["message"]
     assert (both.store.overlay / "live.json").read_text() == before and live(both) == {"hair": ("v1", "block")}
+
+
+def test_who_has_seen_another_version_changes_nothing(both):
+    """Two operators press `Roll back to v1`: the second one would bring the bad version back."""
+    ask = functools.partial(both.admin, "POST")
+    seen = {"to": "v1", "instead_of": "v2"}
+    ask("probes/hair/promote", json={"version": "v2", "instead_of": "v1"})
+    assert ask("probes/hair/rollback", json=seen).json() == {"probe": "hair", "live": "v1", "previous": "v2"}
+    for what, body, says in (
+        ("rollback", seen, "hair v2 is not live any more, v1 is"),
+        ("rollback", {"to": "v1"}, "hair would go back to v2, not to v1"),
+        ("promote", {"version": "v3", "instead_of": "v2"}, "hair v2 is not live any more, v1 is"),
+        ("shadow", {"version": "v3", "instead_of": "v2"}, "hair v2 is not live any more, v1 is"),
+    ):
+        answer = ask(f"probes/hair/{what}", json=body)
+        assert (answer.status_code, says in answer.json()["error"]["message"]) == (422, True), answer.text
+        assert live(both) == {"hair": ("v1", "block")} and both.store.live(MODEL) == {"hair": "v1"}
+    assert ask("probes/hair/rollback", json={}).json()["live"] == "v2"  # a script that says nothing goes back and forth
 
 
 @pytest.mark.parametrize(

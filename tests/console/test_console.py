@@ -239,7 +239,7 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     page.until("document.querySelector('.training pre')?.innerText.includes('gate: PASS')")
     assert "<b>fitting</b>" in page.text(".training pre")
     assert port.probes.asked == [
-        ("promote", "demo", "v2"), ("rollback", "demo"), ("shadow", "demo", "v2"), ("retrain", "demo"),
+        ("promote", "demo", "v2"), ("rollback", "demo", "v1"), ("shadow", "demo", "v2"), ("retrain", "demo"),
     ]  # fmt: skip
     page.press("4")
     page.until("document.querySelector('.audit table')?.innerText.includes('/admin/probes/demo/rollback')")

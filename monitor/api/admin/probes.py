@@ -26,11 +26,11 @@ class Changes(Protocol):
 
     async def follow(self) -> None: ...
 
-    async def promote(self, probe: str, version: str, fewer: bool = False) -> Choice: ...
+    async def promote(self, probe: str, version: str, fewer: bool = False, instead_of: str | None = None) -> Choice: ...
 
-    async def rollback(self, probe: str) -> Choice: ...
+    async def rollback(self, probe: str, to: str | None = None, instead_of: str | None = None) -> Choice: ...
 
-    async def shadow(self, probe: str, version: str | None) -> Choice: ...
+    async def shadow(self, probe: str, version: str | None, instead_of: str | None = None) -> Choice: ...
 
 
 class Retrainer(Protocol):
@@ -60,21 +60,27 @@ class ProbeOperations:
             await asyncio.sleep(TELL_S)
 
 
-class PromoteRequest(BaseModel):
+class _Seen(BaseModel):
+    """instead_of: the live version that the operator has seen; where another one is live by now, nothing is changed"""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    instead_of: Version | None = None
+
+
+class PromoteRequest(_Seen):
     version: Version
     fewer_phases: bool = False
     """It may only shadow what it is not calibrated for and the one before is."""
 
 
-class RollbackRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class RollbackRequest(_Seen):
+    """to: the version to go back to; None: whichever it is"""
+
+    to: Version | None = None
 
 
-class ShadowRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ShadowRequest(_Seen):
     version: Version | None
 
 
@@ -93,15 +99,15 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
 
     @app.post("/admin/probes/{name}/promote")
     async def promote(name: Name, body: PromoteRequest) -> Response:
-        return _live(await _done(changes.promote(name, body.version, body.fewer_phases)))
+        return _live(await _done(changes.promote(name, body.version, body.fewer_phases, body.instead_of)))
 
     @app.post("/admin/probes/{name}/rollback")
     async def rollback(name: Name, body: RollbackRequest) -> Response:
-        return _live(await _done(changes.rollback(name)))
+        return _live(await _done(changes.rollback(name, body.to, body.instead_of)))
 
     @app.post("/admin/probes/{name}/shadow")
     async def shadow(name: Name, body: ShadowRequest) -> Response:
-        choice = await _done(changes.shadow(name, body.version))
+        choice = await _done(changes.shadow(name, body.version, body.instead_of))
         return JSONResponse({"probe": choice.probe, "candidate": choice.candidate})
 
     @app.post("/admin/retrain")

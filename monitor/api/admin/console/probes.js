@@ -49,16 +49,18 @@ export function showProbes(place) {
 
 function card(probe, load, follow) {
   const name = encodeURIComponent(probe.name);
+  // words: of what is true now, by the server's reply
   const done = (act, words) => async () => {
-    await act();
-    say(words);
+    say(words(await act()));
     await load();
   };
-  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, body), `${verb}: done`));
+  const told = (now) => ("live" in now ? `${now.probe} ${now.live} is live` : now.candidate ? `${now.probe} ${now.candidate} runs in shadow` : `${now.probe} has nothing in shadow`);
+  // What is changed is what was seen here: where somebody else was faster, the server refuses and says so.
+  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, { ...body, instead_of: probe.live }), told));
   const rollback = probe.previous ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
-    `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", {})) : null;
+    `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", { to: probe.previous })) : null;
   const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
-    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, "The training has begun")));
+    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun")));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
   return h("article", { class: "card" },
     h("div", { class: "line" }, h("h2", null, probe.name), h("span", { class: "tag" }, `${probe.live} live`),
