@@ -80,18 +80,15 @@ def rollback(
     """Go back to the version that was live before; once more comes back again.
 
     to: the version that must be the one before, instead_of: the one that live.json must name now; None: any
-    raises: ConfigInvalid if none is kept or it is another one than was expected, ProbeInvalid if it is damaged; what
-    `tried` raises
+    raises: ConfigInvalid if none is kept or another than was expected, ProbeInvalid if it is damaged; what `tried` does
     """
     with _editing(store, tried) as chosen:
         key, serving = f"{model}/{probe}", _serving(store, chosen, model, probe)
         _expected(probe, chosen.get(key, serving), instead_of)
         version = chosen.get(key + PREVIOUS)
         if version is None:
-            raise ConfigInvalid(
-                f"no earlier version of {probe!r} is kept for {model!r}; "
-                f"name one: midstream probe promote {probe} VERSION"
-            )
+            name_one = f"name one: midstream probe promote {probe} VERSION"
+            raise ConfigInvalid(f"no earlier version of {probe!r} is kept for {model!r}; {name_one}")
         if to not in (None, version):
             raise ConfigInvalid(f"{probe} would go back to {version}, not to {to}: somebody has changed it meanwhile")
         store.load(model, probe, version)

@@ -29,6 +29,7 @@ class FakeProbes:
 
     def __init__(self):
         self.live, self.previous, self.candidate, self.asked = "v1", None, "v2", []
+        self.missing, self.serves = False, None  # None: what is live
         self.training = {"state": "idle", "probe": None, "started": None, "ended": None, "exit_code": None}
         self.training |= {"lines": [], "candidate": None}
 
@@ -91,6 +92,8 @@ class FakeProbes:
         seen = {"phase": "prompt", "format": "chat", "threshold": 1.5, "n": 2000, "target_fpr": 0.005, "psi": 0.31}
         seen |= {"observed": 0.0205, "low": 0.0148, "high": 0.0277, "stale": True}
         few = seen | {"phase": "response", "n": 12} | dict.fromkeys(("observed", "low", "high", "psi", "stale"))
+        serves = self.serves or self.live
+        found |= {"missing": self.missing, "serves": serves, "tries": None if self.serves else self.candidate}
         found |= {"backlog": 12, "needed": 60, "versions": versions, "thresholds": [seen, few]}
         return {"model": "tiny", "probes": [found]}
 

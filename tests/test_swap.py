@@ -188,6 +188,7 @@ def test_the_shelf(both):
         "name": "hair", "live": "v1", "previous": None, "candidate": "v3", "backlog": 0,
     }  # fmt: skip
     assert hair["needed"] == 598
+    assert (hair["serves"], hair["tries"], hair["missing"]) == ("v1", "v3", False)
     found = [(t["phase"], t["format"], t["stale"]) for t in hair["thresholds"]]
     assert found == [(phase, form, None) for form in ("chat", "raw") for phase in ("prompt", "response")], "few values"
     assert [(v["version"], v["live"], v["candidate"]) for v in hair["versions"]] == [
@@ -196,6 +197,25 @@ def test_the_shelf(both):
     newest = hair["versions"][0]
     assert (newest["layers"], newest["kind"], newest["gate"], newest["labels"]) == ([LAYER], "harm", None, None)
     assert newest["metrics"] == {} and len(newest["sha256"]) == 64
+
+
+@pytest.mark.parametrize("fault", ["refused", "missing"])
+def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fault):
+    """It opens whatever live.json names, so that one can roll back."""
+    publish(tiny, both.store, 2.0, template_hash="f" * 64)
+    named = "v4" if fault == "refused" else "v9"
+    chosen = {"hair": named, "hair@previous": "v1", "hair@candidate": "v4"}
+    (both.store.overlay / "live.json").write_text(json.dumps({f"{MODEL}/{k}": v for k, v in chosen.items()}))
+    until(lambda: reloads(both, "refused") == 1)
+    (hair,) = both.admin("GET", "probes").json()["probes"]
+    assert {k: hair[k] for k in ("live", "missing", "serves", "tries", "previous")} == {
+        "live": named, "missing": fault == "missing", "serves": "v1", "tries": None, "previous": "v1",
+    }  # fmt: skip
+    assert [v["version"] for v in hair["versions"]] == ["v4", "v3", "v2", "v1"]
+    back = both.admin("POST", "probes/hair/rollback", json={"to": "v1", "instead_of": named})
+    assert back.status_code == 200 and both.store.live(MODEL) == {"hair": "v1"}
+    (hair,) = both.admin("GET", "probes").json()["probes"]
+    assert (hair["live"], hair["serves"], hair["missing"]) == ("v1", "v1", False)
 
 
 # --- candidates -----------------------------------------------------------------------------------------------------
