@@ -125,6 +125,11 @@ def test_labels_and_what_is_wrong_with_them(port):
         got, answer, _ = port.ask("POST", "/admin/labels", BEARER, body)
         assert (got, says in answer["error"]["message"]) == (status, True), (body, answer)
     assert count_unlabelled(port.path) == 6
+    said = [r["result"] for r in port.rows()]
+    assert said[:4] == [
+        f"200 labelled {one['id']}/0 harmful by admin", f"200 labelled {one['id']}/0 unsure, was harmful by ben",
+        f"404 label {'0' * 31}a harmful", f"404 label {one['id']} harmful",
+    ]  # fmt: skip
 
 
 def test_of_several_choices_one_has_to_be_named(port):

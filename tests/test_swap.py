@@ -127,7 +127,10 @@ def test_promote_rollback_and_shadow_by_the_admin_port(both):
     assert gone.json() == {"probe": "hair", "candidate": None} and live(both) == {"hair": ("v1", "block")}
     done = [(method, path, result) for actor, method, path, result in rows(both) if "probes/" in path]
     assert done == [
-        ("POST", f"/admin/probes/hair/{what}", "200") for what in ("promote", "rollback", "shadow", "shadow")
+        ("POST", "/admin/probes/hair/promote", "200 promoted v2, v1 is kept"),
+        ("POST", "/admin/probes/hair/rollback", "200 rolled back to v1, v2 is kept"),
+        ("POST", "/admin/probes/hair/shadow", "200 shadow v3"),
+        ("POST", "/admin/probes/hair/shadow", "200 shadow none"),
     ]
     assert (reloads(both, "loaded"), reloads(both, "refused")) == (4, 0)
     time.sleep(0.3)  # the file is as the server left it: nothing is loaded again
@@ -151,6 +154,8 @@ def test_what_is_refused_changes_neither_file_nor_service(both, tiny, what, body
     answer = both.admin("POST", f"probes/hair/{what}", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "refused")
     assert says in answer.json()["error"]["message"]
+    tried = {"promote": f"promote {body.get('version')}", "rollback": "roll back to the version before"}
+    assert rows(both)[-1][3] == f"422 {tried.get(what, 'shadow ' + str(body.get('version')))}"
     assert (both.store.overlay / "live.json").read_text() == before and live(both) == {"hair": ("v1", "block")}
 
 

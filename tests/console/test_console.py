@@ -94,7 +94,9 @@ def test_labels_by_keyboard(port, page):
     page.press("k")
     shows(page, "earlier")
     rows = [(r["actor"], r["path"], r["result"]) for r in port.rows() if r["method"] == "POST"]
-    assert rows == [("admin", "/admin/session", "200"), *[("admin:ann", "/admin/labels", "200")] * 4]
+    words = (f"{first} harmful", f"{second} harmless", f"{third} unsure", f"{third} harmful, was unsure")
+    said = [("admin:ann", "/admin/labels", f"200 labelled {w}") for w in words]
+    assert rows == [("admin", "/admin/session", "200"), *said]
 
 
 def test_without_a_mouse_everything_can_be_reached(port, page):
@@ -244,6 +246,8 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     page.press("4")
     page.until("document.querySelector('.audit table')?.innerText.includes('/admin/probes/demo/rollback')")
     assert page.text(".audit table").count("admin:ann") >= 4
+    for words in ("200 promoted v2, v1 is kept", "200 rolled back to v1, v2 is kept", "202 retrain demo"):
+        assert words in page.text(".audit table")
 
 
 # --- every width, both schemes --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from monitor import __version__
 from monitor.api.admin.console import PATHS, console_routes
 from monitor.api.admin.desk import Desk
 from monitor.api.admin.guard import AdminGuard
+from monitor.api.admin.outcome import did
 from monitor.api.admin.plain import dumped, json_response
 from monitor.api.admin.probes import ProbeOperations, probe_routes
 from monitor.api.admin.review import review_routes
@@ -198,10 +199,14 @@ def _changing(app: FastAPI, operations: Operations) -> None:
 
 def _erasing(app: FastAPI, erase: Callable[[str | None, str | None], int]) -> None:
     @app.post("/admin/erase")
-    async def erased(body: EraseRequest) -> Response:
+    async def erased(request: Request, body: EraseRequest) -> Response:
         if (body.key is None) == (body.id is None):
             raise ApiError(400, "say whose records: one of key and id", code="bad_value")
-        return json_response({"erased": await asyncio.to_thread(erase, body.key, body.id)})
+        whose = f"request {body.id}" if body.key is None else f"key {body.key!r}"
+        did(request, f"{whose}: erase")
+        n = await asyncio.to_thread(erase, body.key, body.id)
+        did(request, f"{whose}: {n} erased")
+        return json_response({"erased": n})
 
 
 def _scoring(app: FastAPI, tracer: Tracer) -> None:

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from monitor.api.admin.outcome import did
 from monitor.api.errors import ApiError
 from monitor.errors import MidstreamError, Overloaded
 from probes_store.promote import Choice
@@ -98,20 +100,26 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
         return JSONResponse(await asyncio.to_thread(operations.shelf))
 
     @app.post("/admin/probes/{name}/promote")
-    async def promote(name: Name, body: PromoteRequest) -> Response:
-        return _live(await _done(changes.promote(name, body.version, body.fewer_phases, body.instead_of)))
+    async def promote(request: Request, name: Name, body: PromoteRequest) -> Response:
+        did(request, f"promote {body.version}")
+        return _live(
+            request, "promoted", await _done(changes.promote(name, body.version, body.fewer_phases, body.instead_of))
+        )
 
     @app.post("/admin/probes/{name}/rollback")
-    async def rollback(name: Name, body: RollbackRequest) -> Response:
-        return _live(await _done(changes.rollback(name, body.to, body.instead_of)))
+    async def rollback(request: Request, name: Name, body: RollbackRequest) -> Response:
+        did(request, f"roll back to {body.to or 'the version before'}")
+        return _live(request, "rolled back to", await _done(changes.rollback(name, body.to, body.instead_of)))
 
     @app.post("/admin/probes/{name}/shadow")
-    async def shadow(name: Name, body: ShadowRequest) -> Response:
+    async def shadow(request: Request, name: Name, body: ShadowRequest) -> Response:
+        did(request, f"shadow {body.version or 'none'}")
         choice = await _done(changes.shadow(name, body.version, body.instead_of))
         return JSONResponse({"probe": choice.probe, "candidate": choice.candidate})
 
     @app.post("/admin/retrain")
-    async def retrained(body: RetrainRequest) -> Response:
+    async def retrained(request: Request, body: RetrainRequest) -> Response:
+        did(request, f"retrain {body.probe}")
         started = await retrain.start(body.probe)
         if started is None:
             raise ApiError(409, "a training runs already; wait for its end: GET /admin/retrain", code="running")
@@ -122,7 +130,8 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
         return JSONResponse(dict(retrain.describe()))
 
 
-def _live(choice: Choice) -> Response:
+def _live(request: Request, verb: str, choice: Choice) -> Response:
+    did(request, f"{verb} {choice.live}" + (f", {choice.previous} is kept" if choice.previous else ""))
     return JSONResponse({"probe": choice.probe, "live": choice.live, "previous": choice.previous})
 
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from monitor.api.admin.desk import Desk, Page
 from monitor.api.admin.feed import seen
+from monitor.api.admin.outcome import did
 from monitor.api.admin.plain import dumped, json_response
 from monitor.api.admin.session import Operator, operator_of
 from monitor.api.errors import ApiError
@@ -95,7 +96,8 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         return json_response(found)
 
     @app.post("/admin/lens")
-    async def lens(body: LensRequest) -> Response:
+    async def lens(request: Request, body: LensRequest) -> Response:
+        did(request, f"lens of {body.id}/{body.choice}")
         if desk.lens is None:
             message = "this server runs no logit lens: it needs kept text and the embedded engine"
             raise ApiError(404, message, code="not_found")
@@ -110,8 +112,12 @@ def _labelling(app: FastAPI, desk: Desk) -> None:
         if name is not None and body.by not in (None, name):
             raise ApiError(400, f"you are signed in as {name!r}; leave `by` out", param="by", code="bad_value")
         by = name or body.by or "admin"
+        did(request, f"label {body.id} {body.label}")
         try:
-            return json_response(await asyncio.to_thread(desk.label, body.id, body.choice, body.label, by))
+            done = await asyncio.to_thread(desk.label, body.id, body.choice, body.label, by)
+            was = f", was {done['before']}" if done["before"] else ""
+            did(request, f"labelled {done['id']}/{done['choice']} {body.label}{was}" + ("" if name else f" by {by}"))
+            return json_response(done)
         except NoSuchRecord as error:
             raise ApiError(404, str(error), code="not_found") from None
 
