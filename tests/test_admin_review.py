@@ -138,13 +138,28 @@ def test_of_several_choices_one_has_to_be_named(port):
     port.written()
     status, body, _ = port.ask("POST", "/admin/labels", BEARER, {"id": ID, "label": "harmful"})
     assert (status, "has choices 0, 1; say which with choice" in body["error"]["message"]) == (422, True)
-    assert [c["record"]["index"] for c in port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]] == [0, 1]
+
+
+def test_of_several_choices_one_is_sent_in_full(port):
+    port.say(ID, "hi", "yes")
+    port.log.put(record(ID, 3, Action.FLAG))
+    port.written()
+
+    def look(query):
+        status, body, _ = port.ask("GET", f"/admin/requests/{ID}{query}")
+        return (status, body["indices"], body["choice"]["record"]["index"], body["choice"]["answer"])
+
+    assert look("") == look("?choice=0") == (200, [0, 3], 0, "yes")
+    assert look("?choice=3") == (200, [0, 3], 3, None)
+    status, body, _ = port.ask("GET", f"/admin/requests/{ID}?choice=1")
+    assert (status, "choice 1; it may be older" in body["error"]["message"]) == (404, True)
+    assert port.status("GET", f"/admin/requests/{ID}?choice=-1") == 400
 
 
 def test_one_request_with_its_text_by_tokens(port):
     port.say(ID, "Wie heißt du? 🙂", "Ich? é")
     port.written()
-    (one,) = port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]
+    one = port.ask("GET", f"/admin/requests/{ID}")[1]["choice"]
     assert (one["turns"], one["answer"]) == ([{"role": "user", "content": "Wie heißt du? 🙂"}], "Ich? é")
     pieces = one["tokens"]["prompt"]
     assert len(pieces) == one["record"]["coverage"]["prompt_tokens"] == len(one["record"]["token_scores"]["demo"]) - 7
@@ -157,7 +172,7 @@ def test_one_request_with_its_text_by_tokens(port):
 def test_a_text_that_was_redacted_has_no_tokens(port):
     port.say(ID, "mail eve@example.com", "she is at [mail]")
     port.written()
-    (one,) = port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]
+    one = port.ask("GET", f"/admin/requests/{ID}")[1]["choice"]
     assert one["turns"][0]["content"] == "mail [mail]"
     assert one["tokens"] == {"prompt": None, "answer": None}
 
@@ -168,7 +183,7 @@ def test_without_the_key_of_the_texts_there_are_none(tmp_path):
         one.say(ID, "hello")
         one.written()
         body = one.ask("GET", f"/admin/requests/{ID}")[1]
-        assert (body["choices"][0]["turns"], body["lens"]) == (None, False)
+        assert (body["choice"]["turns"], body["lens"]) == (None, False)
         assert "no log_key" in body["no_text"]
         status, answer, _ = one.ask("POST", "/admin/lens", BEARER, {"id": ID})
         assert (status, "needs kept text" in answer["error"]["message"]) == (404, True)

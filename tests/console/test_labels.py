@@ -143,3 +143,12 @@ def test_the_focus_stays_where_it_was(port, page):
     page.press("h")
     shows(page, "question 3")
     assert page.run("document.activeElement.matches('.list a')")
+
+
+def test_a_choice_that_is_not_there_is_not_another_one(port, page):
+    filled(port)
+    in_queue(port, page)
+    page.run(f"location.hash = '#/request/{ids(1)[0]}/7'")
+    shows(page, "choice 7; it may be older")
+    page.press("h")
+    assert sent(page) == 0

@@ -89,11 +89,15 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         return json_response(await asyncio.to_thread(desk.counts))
 
     @app.get("/admin/requests/{request_id}")
-    async def one(request_id: Annotated[str, Path(pattern=r"^[0-9A-Za-z_-]{1,128}$")]) -> Response:
-        found = await asyncio.to_thread(desk.request, request_id)
-        if found is None:
-            raise ApiError(404, f"there is no record of {request_id!r} (any more)", code="not_found")
-        return json_response(found)
+    async def one(
+        request_id: Annotated[str, Path(pattern=r"^[0-9A-Za-z_-]{1,128}$")],
+        choice: Annotated[int | None, Query(ge=0, le=MAX_CHOICE)] = None,
+    ) -> Response:
+        try:
+            # Its JSON too: the event loop is the one that the data routes' tokens go through.
+            return await asyncio.to_thread(lambda: json_response(desk.request(request_id, choice)))
+        except NoSuchRecord as error:
+            raise ApiError(404, str(error), code="not_found") from None
 
     @app.post("/admin/lens")
     async def lens(request: Request, body: LensRequest) -> Response:

@@ -28,9 +28,8 @@ export async function showRequest(place, id, choice, label) {
   asked?.abort();
   const own = (asked = new AbortController());
   try {
-    const found = await get(`/admin/requests/${encodeURIComponent(id)}`, own.signal);
-    const one = found.choices.find((c) => c.record.index === choice) ?? found.choices[0];
-    fill(place, parts(found, one, label));
+    const found = await get(`/admin/requests/${encodeURIComponent(id)}?choice=${choice}`, own.signal);
+    fill(place, parts(found, found.choice, label));
     place.scrollTop = 0;
     place.dispatchEvent(new CustomEvent("midstream:shown", { detail: `${id}/${choice}` }));
   } catch (error) {
@@ -74,14 +73,14 @@ function cursor() {
 }
 
 function head(found, { record, labels }) {
-  const others = found.choices.filter((c) => c.record.index !== record.index);
+  const others = found.indices.filter((index) => index !== record.index);
   const c = record.coverage;
   return h("header", { class: "head" },
     h("a", { class: "back", href: "#/queue" }, "‹ Queue"),
     h("div", { class: "line" }, h("h2", null, verdict(record.verdict)), h("code", { class: "id" }, record.request_id),
       record.index || others.length ? h("span", null, `choice ${record.index}`) : null,
       labels[0] ? h("span", { class: `label ${labels[0].label}` }, labels[0].label) : null,
-      others.map((o) => h("a", { href: `#/request/${encodeURIComponent(found.id)}/${o.record.index}` }, `choice ${o.record.index}`))),
+      others.map((o) => h("a", { href: `#/request/${encodeURIComponent(found.id)}/${o}` }, `choice ${o}`))),
     h("div", { class: "line soft" }, time(record.created, true), h("span", null, record.model), h("span", null, record.route),
       h("span", null, record.key ? `key ${record.key}` : "no key"), h("span", null, `policy ${record.policy}`),
       h("span", null, `${count(c.prompt_tokens)} + ${count(c.response_tokens)} tokens`), h("span", null, `ended: ${record.finish}`)));
