@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,9 @@ MAX_CHOICE = 10**6
 _TICK_S = 0.25
 _QUIET_S = 15.0
 _AT_FIRST = 100
+_NUMBER = re.compile(r"[0-9]{1,15}")
+_Event = tuple[int, dict[str, Any]]
+"""How many records there were with it, from where one can go on, and what it says."""
 RequestId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
 _Text = Annotated[str, Query(max_length=128)]
 
@@ -135,34 +139,38 @@ def _watching(app: FastAPI, desk: Desk) -> None:
             raise ApiError(429, f"{MAX_WATCHERS} watch already; close one", code="queue_full")
         one = object()
         watching.add(one)
-        source = _events(desk, operator_of(request))
+        source = _events(desk, operator_of(request), request.headers.get("last-event-id", ""))
         return EventStream(_lines(source), source, {}, lambda: watching.discard(one))
 
 
-async def _events(desk: Desk, operator: Operator) -> AsyncGenerator[dict[str, Any] | None, None]:
+async def _events(desk: Desk, operator: Operator, last: str) -> AsyncGenerator[_Event | None, None]:
     """Records as they come; None now and then when none do, so that a peer that is gone is found out.
 
-    Ends with the session. Who can't follow is told how many records went by.
+    last: the number that it has seen last, of who comes back. Ends with the session. Who can't follow is told how
+    many records went by; what went by before anybody looked is `old`.
     """
-    n, quiet = max(0, desk.feed.since(0)[0] - _AT_FIRST), 0.0
-    yield {"began": n}
+    began, quiet = desk.feed.since(0)[0], 0.0
+    n = max(0, began - _AT_FIRST)
+    if _NUMBER.fullmatch(last):  # of a server that ran before, it may be higher than ours
+        n = began = int(last) if int(last) <= began else 0
+    yield n, {"began": n}
     while operator.alive():
         total, found = desk.feed.since(n)
-        if (missed := total - n - len(found)) > 0:
-            yield {"missed": missed}
-        for record in found:
-            yield seen(record)
+        if (first := total - len(found)) > n:
+            yield first, {"missed": first - n}
+        for number, record in enumerate(found, first + 1):
+            yield number, seen(record) | {"old": number <= began}
         n, quiet = total, 0.0 if found else quiet + _TICK_S
         if quiet >= _QUIET_S:
             quiet = 0.0
             yield None
         await asyncio.sleep(_TICK_S)
-    yield {"ended": "the session has ended; sign in again"}
+    yield n, {"ended": "the session has ended; sign in again"}
 
 
-async def _lines(events: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+async def _lines(events: AsyncIterator[_Event | None]) -> AsyncIterator[bytes]:
     async for event in events:
-        yield b": quiet\n\n" if event is None else b"data: " + dumped(event) + b"\n\n"
+        yield b": quiet\n\n" if event is None else b"id: %d\ndata: %s\n\n" % (event[0], dumped(event[1]))
 
 
 def _cursor(place: tuple[float, int]) -> str:
