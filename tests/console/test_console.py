@@ -64,6 +64,18 @@ def test_a_session_that_has_ended_asks_for_the_key_again(port, page):
     page.until("document.querySelector('form.signin')?.innerText.includes('session has ended')")
 
 
+def test_who_is_not_signed_out_is_not_told_so(port, page):
+    """The cookie is still there, and whoever comes next would be this operator."""
+    filled(port)
+    in_queue(port, page)
+    page.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('no network'))")
+    page.run("document.getElementById('leave').click()")
+    page.until("document.querySelector('#toast .bad')?.innerText.includes('You are still signed in')")
+    assert page.count(".signin") == 0 and page.text("#who") == "ann"
+    page.run("window.fetch = window.real; document.getElementById('leave').click()")
+    page.until("document.querySelector('form.signin')?.innerText.includes('You are signed out')")
+
+
 # --- reviewing by keys ----------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 
 from .test_console import filled, in_queue, press_button
+from .test_labels import hold
 
 
 def on_probes(port, page):
@@ -54,3 +55,73 @@ def test_what_serves_is_told_apart_from_what_live_json_names(port, page):
     press_button(page, "Roll back to v1")
     page.press("Enter")
     card(page, "v1 live")
+
+
+def focused(page):
+    return page.run("document.activeElement.dataset.probe ?? document.activeElement.tagName")
+
+
+def test_the_focus_comes_back_to_the_card(port, page):
+    on_probes(port, page)
+    press_button(page, "Promote")
+    page.press("Escape")
+    page.until("!document.querySelector('dialog')")
+    assert page.run("document.activeElement.innerText") == "Promote", "nothing was changed, so it is where it was"
+    page.press("Enter")
+    page.press("Enter")
+    card(page, "v2 live")
+    page.until("!document.querySelector('dialog')")
+    page.until("document.activeElement.dataset.probe === 'demo'")
+    press_button(page, "Retrain")
+    page.press("Escape")
+    page.until("!document.querySelector('dialog')")
+    port.probes.live = "v1"
+    page.press("r")
+    card(page, "v1 live")
+    assert focused(page) == "demo"
+
+
+def test_what_goes_wrong_behind_a_dialog_that_was_closed_is_said(port, page):
+    on_probes(port, page)
+    hold(page, "POST /admin/probes/demo/promote")
+    press_button(page, "Promote")
+    page.press("Enter")
+    page.until("held() === 1")
+    page.press("Escape")
+    page.until("!document.querySelector('dialog')")
+    port.probes.live = "v0"
+    page.run("letGo()")
+    page.until("document.querySelector('#toast .bad')?.innerText.includes('v1 is not live any more, v0 is')")
+
+
+def training(port, state, **more):
+    port.probes.training = port.probes.training | {"state": state, "probe": "demo", "lines": ["fitting"]} | more
+
+
+def test_a_training_that_is_left_has_not_failed(port, page):
+    training(port, "running")
+    on_probes(port, page)
+    page.until("document.querySelector('.training pre')")
+    hold(page, "GET /admin/retrain")
+    page.until("held() === 1")
+    page.press("2")
+    page.until("document.querySelector('.live')")
+    page.run("letGo()")
+    page.press("3")
+    page.until("document.querySelector('.training pre')")
+    assert page.text("#toast") == ""
+    training(port, "failed", exit_code=1)
+    page.until("document.getElementById('toast').innerText.includes('The training failed')")
+
+
+def test_one_poll_that_fails_does_not_end_the_polling(port, page):
+    training(port, "running")
+    on_probes(port, page)
+    page.until("document.querySelector('.training pre')")
+    page.run(
+        "(real => { window.fetch = (path, options) => path === '/admin/retrain'"
+        " ? (window.fetch = real, Promise.reject(new TypeError('no network'))) : real(path, options); })(window.fetch)"
+    )
+    page.until("document.querySelector('.training [role=alert]')?.innerText.includes('does not answer')")
+    training(port, "done", exit_code=0)
+    page.until("document.getElementById('toast').innerText.includes('The training is done')")

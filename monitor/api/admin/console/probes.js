@@ -18,26 +18,42 @@ export function showProbes(place) {
   async function load() {
     try {
       const found = await get("/admin/probes");
-      list.replaceChildren(h("p", { class: "soft" }, `of ${found.model}`), ...found.probes.map((probe) => card(probe, load, follow)));
+      const had = list.contains(document.activeElement) ? document.activeElement.closest(".card")?.dataset.probe : null;
+      list.replaceChildren(h("p", { class: "soft" }, `of ${found.model}`), ...found.probes.map((probe) => card(probe, load, follow, () => focus(probe.name))));
+      if (had) focus(had);
     } catch (error) {
       list.replaceChildren(h("p", { class: "bad", role: "alert" }, error.message));
     }
   }
 
+  function focus(name) {
+    [...list.children].find((one) => one.dataset.probe === name)?.focus({ preventScroll: true });
+  }
+
+  function again() {
+    clearTimeout(timer);
+    timer = setTimeout(follow, EVERY_MS);
+  }
+
   async function follow() {
     clearTimeout(timer);
+    let state = null;
     try {
-      const state = await get("/admin/retrain");
-      const was = training.dataset.state;
-      training.dataset.state = state.state;
-      training.replaceChildren(...progress(state));
-      if (state.state === "running" && !left) timer = setTimeout(follow, EVERY_MS);
-      else if (was === "running") {
-        say(state.state === "done" ? "The training is done" : "The training failed", state.state !== "done");
-        load();
-      }
+      state = await get("/admin/retrain");
     } catch (error) {
+      if (left) return;
       training.replaceChildren(error.status === 404 ? "" : h("p", { class: "bad", role: "alert" }, error.message));
+      if (error.status !== 404) again(); // one answer that is missing is not the end of a training
+      return;
+    }
+    if (left) return;
+    const was = training.dataset.state;
+    training.dataset.state = state.state;
+    training.replaceChildren(...progress(state));
+    if (state.state === "running") again();
+    else if (was === "running") {
+      say(state.state === "done" ? "The training is done" : "The training failed", state.state !== "done");
+      load();
     }
   }
 
@@ -47,7 +63,8 @@ export function showProbes(place) {
   return { leave: () => { left = true; clearTimeout(timer); } };
 }
 
-function card(probe, load, follow) {
+/** home: puts the focus on this card, once it is drawn again. */
+function card(probe, load, follow, home) {
   const name = encodeURIComponent(probe.name);
   // words: of what is true now, by the server's reply
   const done = (act, words) => async () => {
@@ -56,13 +73,13 @@ function card(probe, load, follow) {
   };
   const told = (now) => ("live" in now ? `${now.probe} ${now.live} is live` : now.candidate ? `${now.probe} ${now.candidate} runs in shadow` : `${now.probe} has nothing in shadow`);
   // What is changed is what was seen here: where somebody else was faster, the server refuses and says so.
-  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, { ...body, instead_of: probe.live }), told));
+  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, { ...body, instead_of: probe.live }), told), home);
   const rollback = probe.previous && probe.previous !== probe.live ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
     `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", { to: probe.previous })) : null;
   const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
-    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun")));
+    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun"), home));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
-  return h("article", { class: "card" },
+  return h("article", { class: "card", tabindex: "-1", "data-probe": probe.name, "aria-label": probe.name },
     h("div", { class: "line" }, h("h2", null, probe.name), probe.serves ? h("span", { class: "tag" }, `${probe.serves} live`) : null,
       probe.tries ? h("span", { class: "tag shadow" }, `${probe.tries} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
     unlike(probe), needed(probe), ...(probe.thresholds ?? []).map(standing),
