@@ -59,7 +59,7 @@ def promote(
     card = _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         before = _serving(store, chosen, model, probe)
-        _expected(probe, before, instead_of)
+        _expected(chosen.get(f"{model}/{probe}", before), probe, instead_of)
         if before is not None and not other_model:
             with suppress(ProbeInvalid):  # a damaged version is what one promotes away from
                 live = store.load(model, probe, before).card
@@ -84,7 +84,7 @@ def rollback(
     """
     with _editing(store, tried) as chosen:
         key, serving = f"{model}/{probe}", _serving(store, chosen, model, probe)
-        _expected(probe, chosen.get(key, serving), instead_of)
+        _expected(chosen.get(key, serving), probe, instead_of)
         version = chosen.get(key + PREVIOUS)
         if version is None:
             name_one = f"name one: midstream probe promote {probe} VERSION"
@@ -110,7 +110,7 @@ def shadow(
     card = None if version is None else _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         key, live = f"{model}/{probe}", _serving(store, chosen, model, probe)
-        _expected(probe, live, instead_of)
+        _expected(chosen.get(key, live), probe, instead_of)
         if live is None:
             raise ConfigInvalid(f"there is no probe {probe!r} for model {model!r}; see `midstream probes`")
         if card is None:
@@ -164,7 +164,8 @@ def _told(chosen: dict[str, str], model: str, probe: str, live: str) -> Choice:
     return Choice(probe, live, chosen.get(key + PREVIOUS), chosen.get(key + CANDIDATE))
 
 
-def _expected(probe: str, live: str | None, wanted: str | None) -> None:
+def _expected(live: str | None, probe: str, wanted: str | None) -> None:
+    """live: as live.json names it, in the store or not"""
     if wanted not in (None, live):
         raise ConfigInvalid(f"{probe} {wanted} is not live any more, {live} is: somebody has changed it meanwhile")
 

@@ -217,6 +217,10 @@ def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fau
         "live": named, "missing": fault == "missing", "serves": "v1", "tries": None, "previous": "v1",
     }  # fmt: skip
     assert [v["version"] for v in hair["versions"]] == ["v4", "v3", "v2", "v1"]
+    if fault == "missing":
+        promoted = both.admin("POST", "probes/hair/promote", json={"version": "v2", "instead_of": named})
+        assert promoted.json() == {"probe": "hair", "live": "v2", "previous": "v1"}
+        named = "v2"
     back = both.admin("POST", "probes/hair/rollback", json={"to": "v1", "instead_of": named})
     assert back.status_code == 200 and both.store.live(MODEL) == {"hair": "v1"}
     (hair,) = both.admin("GET", "probes").json()["probes"]

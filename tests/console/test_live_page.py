@@ -44,6 +44,7 @@ def test_what_is_over_is_not_called_live(port, page):
     filled(port)
     in_queue(port, page)
     page.press("2")
+    page.until("document.querySelector('.live [role=status]')")
     state = "document.querySelector('.live [role=status]').innerText"
     page.until(f"{state} === 'live'")
     page.press("p")
