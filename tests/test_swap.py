@@ -217,6 +217,8 @@ def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fau
         "live": named, "missing": fault == "missing", "serves": "v1", "tries": None, "previous": "v1",
     }  # fmt: skip
     assert [v["version"] for v in hair["versions"]] == ["v4", "v3", "v2", "v1"]
+    wrong = both.admin("POST", "probes/hair/rollback", json={"to": "v3"})
+    assert "hair would go back to v1, not to v3" in wrong.json()["error"]["message"], "not what is wrong with live.json"
     if fault == "missing":
         promoted = both.admin("POST", "probes/hair/promote", json={"version": "v2", "instead_of": named})
         assert promoted.json() == {"probe": "hair", "live": "v2", "previous": "v1"}

@@ -6,6 +6,7 @@ Every process that serves does it for itself. Running requests end on the set th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ class Swap:
                 return await asyncio.to_thread(act, tried)
             except MidstreamError:
                 self._counted("refused")
-                await self._take(None)  # of the old file
+                with contextlib.suppress(MidstreamError):  # the old file's own fault is not the answer to this
+                    await self._take(None)
                 raise
 
     # --- both --------------------------------------------------------------------------------------------------------
