@@ -59,7 +59,7 @@ def promote(
     card = _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         before = _serving(store, chosen, model, probe)
-        _expected(probe, before, instead_of)
+        _expected(chosen.get(f"{model}/{probe}", before), probe, instead_of)
         if before is not None and not other_model:
             with suppress(ProbeInvalid):  # a damaged version is what one promotes away from
                 live = store.load(model, probe, before).card
@@ -69,20 +69,30 @@ def promote(
         return _choose(chosen, model, probe, version, before)
 
 
-def rollback(store: Store, model: str, probe: str, tried: Tried | None = None) -> Choice:
+def rollback(
+    store: Store,
+    model: str,
+    probe: str,
+    tried: Tried | None = None,
+    to: str | None = None,
+    instead_of: str | None = None,
+) -> Choice:
     """Go back to the version that was live before; once more comes back again.
 
-    raises: ConfigInvalid if none is kept, ProbeInvalid if it is damaged; what `tried` raises
+    to: the version that must be the one before, instead_of: the one that live.json must name now; None: any
+    raises: ConfigInvalid if none is kept or another than was expected, ProbeInvalid if it is damaged; what `tried` does
     """
     with _editing(store, tried) as chosen:
-        version = chosen.get(f"{model}/{probe}{PREVIOUS}")
+        key, serving = f"{model}/{probe}", _serving(store, chosen, model, probe)
+        _expected(chosen.get(key, serving), probe, instead_of)
+        version = chosen.get(key + PREVIOUS)
         if version is None:
-            raise ConfigInvalid(
-                f"no earlier version of {probe!r} is kept for {model!r}; "
-                f"name one: midstream probe promote {probe} VERSION"
-            )
+            name_one = f"name one: midstream probe promote {probe} VERSION"
+            raise ConfigInvalid(f"no earlier version of {probe!r} is kept for {model!r}; {name_one}")
+        if to not in (None, version):
+            raise ConfigInvalid(f"{probe} would go back to {version}, not to {to}: somebody has changed it meanwhile")
         store.load(model, probe, version)
-        return _choose(chosen, model, probe, version, _serving(store, chosen, model, probe))
+        return _choose(chosen, model, probe, version, serving)
 
 
 def shadow(
@@ -100,7 +110,7 @@ def shadow(
     card = None if version is None else _of_model(store, model, probe, version)
     with _editing(store, tried) as chosen:
         key, live = f"{model}/{probe}", _serving(store, chosen, model, probe)
-        _expected(probe, live, instead_of)
+        _expected(chosen.get(key, live), probe, instead_of)
         if live is None:
             raise ConfigInvalid(f"no version of {probe!r} is live for model {model!r}; see `midstream probe list`")
         if card is None:
@@ -155,7 +165,8 @@ def _told(chosen: dict[str, str], model: str, probe: str, live: str) -> Choice:
     return Choice(probe, live, chosen.get(key + PREVIOUS), chosen.get(key + CANDIDATE))
 
 
-def _expected(probe: str, live: str | None, wanted: str | None) -> None:
+def _expected(live: str | None, probe: str, wanted: str | None) -> None:
+    """live: as live.json names it, in the store or not"""
     if wanted not in (None, live):
         raise ConfigInvalid(f"{probe} {wanted} is not live any more, {live} is: somebody has changed it meanwhile")
 

@@ -114,26 +114,30 @@ class Store:
 
         chosen: in place of live.json; raises: ConfigInvalid for a version that is not there
         """
-        chosen = self.choices() if chosen is None else chosen
-        result = {}
-        for probe in self.probes(model):
-            versions = self.versions(model, probe)
-            key = f"{model}/{probe}"
-            version = chosen[key] if key in chosen else self.unchosen(model, probe)
-            if version is None:
-                continue
-            if version not in versions:
+        result = self.named(model, chosen)
+        for probe, version in result.items():
+            if version not in (versions := self.versions(model, probe)):
                 raise ConfigInvalid(
                     f"live.json names {model}/{probe} {version!r}, which is not in the store; "
                     f"choose one of {', '.join(versions)}"
                 )
-            result[probe] = version
         return result
+
+    def named(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+        """As `live`, but a version that live.json names may be missing from the store."""
+        chosen = self.choices() if chosen is None else chosen
+        found = {}
+        for probe in self.probes(model):
+            key = f"{model}/{probe}"
+            version = chosen[key] if key in chosen else self.unchosen(model, probe)
+            if version is not None:
+                found[probe] = version
+        return found
 
     def candidates(self, model: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
         """Probe -> the version that is on trial beside the live one, one at most; it may be missing from the store."""
         chosen = self.choices() if chosen is None else chosen
-        live = self.live(model, chosen)
+        live = self.named(model, chosen)
         found = [(probe, chosen.get(f"{model}/{probe}{CANDIDATE}", live[probe])) for probe in live]
         return {probe: version for probe, version in found if version != live[probe]}
 

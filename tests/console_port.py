@@ -29,6 +29,7 @@ class FakeProbes:
 
     def __init__(self):
         self.live, self.previous, self.candidate, self.asked = "v1", None, "v2", []
+        self.missing, self.serves = False, None  # None: what is live
         self.training = {"state": "idle", "probe": None, "started": None, "ended": None, "exit_code": None}
         self.training |= {"lines": [], "candidate": None}
 
@@ -45,20 +46,27 @@ class FakeProbes:
     def _choice(self):
         return Choice("demo", self.live, self.previous, self.candidate)
 
-    async def promote(self, probe, version, fewer=False):
+    def _seen(self, live):
+        if live not in (None, self.live):
+            raise ConfigInvalid(f"demo {live} is not live any more, {self.live} is")
+
+    async def promote(self, probe, version, fewer=False, instead_of=None):
         self.asked.append(("promote", probe, version))
+        self._seen(instead_of)
         if version not in ("v1", "v2"):
             raise ConfigInvalid(f"there is no version {version}")
         self.live, self.previous, self.candidate = version, self.live, None
         return self._choice()
 
-    async def rollback(self, probe):
-        self.asked.append(("rollback", probe))
+    async def rollback(self, probe, to=None, instead_of=None):
+        self.asked.append(("rollback", probe, to))
+        self._seen(instead_of)
         self.live, self.previous = self.previous, self.live
         return self._choice()
 
-    async def shadow(self, probe, version):
+    async def shadow(self, probe, version, instead_of=None):
         self.asked.append(("shadow", probe, version))
+        self._seen(instead_of)
         self.candidate = version
         return self._choice()
 
@@ -84,6 +92,8 @@ class FakeProbes:
         seen = {"phase": "prompt", "format": "chat", "threshold": 1.5, "n": 2000, "target_fpr": 0.005, "psi": 0.31}
         seen |= {"observed": 0.0205, "low": 0.0148, "high": 0.0277, "stale": True}
         few = seen | {"phase": "response", "n": 12} | dict.fromkeys(("observed", "low", "high", "psi", "stale"))
+        serves = self.serves or self.live
+        found |= {"missing": self.missing, "serves": serves, "tries": None if self.serves else self.candidate}
         found |= {"backlog": 12, "needed": 60, "versions": versions, "thresholds": [seen, few]}
         return {"model": "tiny", "probes": [found]}
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 
 import pytest
 
@@ -122,6 +123,34 @@ def test_what_an_operator_sees(port):
     assert port.ask("GET", "/admin/offenders")[1] == {"offenders": []}
     newest = port.ask("GET", "/admin/audit?limit=2")[1]["rows"]
     assert [(r["path"], r["result"]) for r in newest] == [("/admin/audit", None), ("/admin/offenders", "200")]
+
+
+class Noted(dict):
+    """Notes who reads it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.threads = set()
+
+    def items(self):
+        self.threads.add(threading.current_thread())
+        return super().items()
+
+
+def test_large_records_are_written_out_off_the_event_loop(tmp_path):
+    """It is the loop that the data routes' tokens go through."""
+    one = Noted({"request_id": ID, "scores": [1.5]})
+
+    class Large(AdminPort):
+        def records(self, request_id):
+            return [one, one]
+
+    port = Large(tmp_path)
+    try:
+        assert port.ask("GET", f"/admin/records/{ID}")[1] == {"records": [one, one]}
+        assert one.threads and port._thread not in one.threads
+    finally:
+        port.stop()
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,11 @@ def test_labels_and_what_is_wrong_with_them(port):
         got, answer, _ = port.ask("POST", "/admin/labels", BEARER, body)
         assert (got, says in answer["error"]["message"]) == (status, True), (body, answer)
     assert count_unlabelled(port.path) == 6
+    said = [r["result"] for r in port.rows()]
+    assert said[:4] == [
+        f"200 labelled {one['id']}/0 harmful by admin", f"200 labelled {one['id']}/0 unsure, was harmful by ben",
+        f"404 label {'0' * 31}a harmful", f"404 label {one['id']} harmful",
+    ]  # fmt: skip
 
 
 def test_of_several_choices_one_has_to_be_named(port):
@@ -133,13 +138,28 @@ def test_of_several_choices_one_has_to_be_named(port):
     port.written()
     status, body, _ = port.ask("POST", "/admin/labels", BEARER, {"id": ID, "label": "harmful"})
     assert (status, "has choices 0, 1; say which with choice" in body["error"]["message"]) == (422, True)
-    assert [c["record"]["index"] for c in port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]] == [0, 1]
+
+
+def test_of_several_choices_one_is_sent_in_full(port):
+    port.say(ID, "hi", "yes")
+    port.log.put(record(ID, 3, Action.FLAG))
+    port.written()
+
+    def look(query):
+        status, body, _ = port.ask("GET", f"/admin/requests/{ID}{query}")
+        return (status, body["indices"], body["choice"]["record"]["index"], body["choice"]["answer"])
+
+    assert look("") == look("?choice=0") == (200, [0, 3], 0, "yes")
+    assert look("?choice=3") == (200, [0, 3], 3, None)
+    status, body, _ = port.ask("GET", f"/admin/requests/{ID}?choice=1")
+    assert (status, "choice 1; it may be older" in body["error"]["message"]) == (404, True)
+    assert port.status("GET", f"/admin/requests/{ID}?choice=-1") == 400
 
 
 def test_one_request_with_its_text_by_tokens(port):
     port.say(ID, "Wie heißt du? 🙂", "Ich? é")
     port.written()
-    (one,) = port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]
+    one = port.ask("GET", f"/admin/requests/{ID}")[1]["choice"]
     assert (one["turns"], one["answer"]) == ([{"role": "user", "content": "Wie heißt du? 🙂"}], "Ich? é")
     pieces = one["tokens"]["prompt"]
     assert len(pieces) == one["record"]["coverage"]["prompt_tokens"] == len(one["record"]["token_scores"]["demo"]) - 7
@@ -152,7 +172,7 @@ def test_one_request_with_its_text_by_tokens(port):
 def test_a_text_that_was_redacted_has_no_tokens(port):
     port.say(ID, "mail eve@example.com", "she is at [mail]")
     port.written()
-    (one,) = port.ask("GET", f"/admin/requests/{ID}")[1]["choices"]
+    one = port.ask("GET", f"/admin/requests/{ID}")[1]["choice"]
     assert one["turns"][0]["content"] == "mail [mail]"
     assert one["tokens"] == {"prompt": None, "answer": None}
 
@@ -163,7 +183,7 @@ def test_without_the_key_of_the_texts_there_are_none(tmp_path):
         one.say(ID, "hello")
         one.written()
         body = one.ask("GET", f"/admin/requests/{ID}")[1]
-        assert (body["choices"][0]["turns"], body["lens"]) == (None, False)
+        assert (body["choice"]["turns"], body["lens"]) == (None, False)
         assert "no log_key" in body["no_text"]
         status, answer, _ = one.ask("POST", "/admin/lens", BEARER, {"id": ID})
         assert (status, "needs kept text" in answer["error"]["message"]) == (404, True)
@@ -299,3 +319,33 @@ def test_who_can_not_follow_is_told_how_much_went_by(port):
             port.feed.put(port.say(f"r{i}", "x"))
         missed = next(stream)
     assert "missed" in missed or missed["id"].startswith("r")
+
+
+def lines(port, n, **headers):
+    """The first n events of the live view: (id, what it says)."""
+    with port.open("GET", "/admin/live", BEARER | headers) as answer:
+        found, number = [], None
+        for line in answer:
+            if line.startswith(b"id: "):
+                number = int(line[4:])
+            elif line.startswith(b"data: "):
+                found.append((number, json.loads(line[6:])))
+                if len(found) == n:
+                    return found
+
+
+def test_who_comes_back_goes_on_where_it_was(port):
+    for i in range(3):
+        port.say(f"r{i}", "x")
+    first = lines(port, 4)
+    assert first[0] == (0, {"began": 0})
+    assert [(number, e["id"], e["old"]) for number, e in first[1:]] == [(i + 1, f"r{i}", True) for i in range(3)]
+    again = lines(port, 3, **{"Last-Event-ID": "1"})
+    assert again[0] == (1, {"began": 1})
+    assert [(number, e["id"], e["old"]) for number, e in again[1:]] == [(2, "r1", False), (3, "r2", False)]
+    for forged in ("", "x", "-1", "9" * 30, "1e3"):
+        assert lines(port, 2, **{"Last-Event-ID": forged})[1][1]["id"] == "r0"
+    for i in range(3, 400):
+        port.feed.put(record(f"r{i}", 0, Action.FLAG))
+    missed, next_ = lines(port, 3, **{"Last-Event-ID": "3"})[1:]
+    assert missed == (144, {"missed": 141}) and (next_[0], next_[1]["id"]) == (145, "r144")

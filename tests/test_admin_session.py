@@ -219,7 +219,7 @@ def test_the_table_of_sessions_is_bounded():
 def test_the_live_view_ends_with_its_session(port):
     mine = cookie(port)
     with port.open("GET", "/admin/live", mine) as answer:
-        assert b"began" in answer.readline()
+        assert (answer.readline(), b"began" in answer.readline()) == (b"id: 0\n", True)
         port.status("DELETE", "/admin/session", mine | OURS)
         rest = answer.read().decode()  # it comes to an end
     assert "the session has ended" in rest and ID in rest

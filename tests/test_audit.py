@@ -149,3 +149,20 @@ def test_a_log_that_cannot_be_opened_is_refused(tmp_path):
     for bad in (tmp_path, tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(ConfigInvalid, match="set MIDSTREAM_AUDIT"):
             Audit(bad)
+
+
+def test_pages_and_acts_alone(audit, path):
+    """A refused look is an act, and so is a row that tells of what was only counted before it."""
+    rows = [("GET", None, 0), ("POST", None, 0), ("HEAD", None, 0), ("GET", "no_key", 0), ("GET", None, 3)]
+    for i in range(1000):
+        method, refused, unwritten = rows[i % 5] if i < 10 else rows[0]
+        audit.write("admin", "::1", method, "/", refused, unwritten)
+    acts = [10, 9, 7, 5, 4, 2]
+    assert [r["id"] for r in audit.latest(10, reads=False)] == acts
+    assert [r["id"] for r in audit.latest(2, before=9, reads=False)] == acts[2:4]
+    assert [r["id"] for r in audit.latest(2, before=9)] == [8, 7] and audit.latest(2, before=1) == []
+    asked = []
+    audit._db.set_trace_callback(asked.append)
+    audit.latest(10, reads=False)
+    plan = [row[3] for row in audit._db.execute(f"EXPLAIN QUERY PLAN {asked[0]}")]
+    assert plan[0] == "SEARCH a USING INDEX audit_acts (id<?)"

@@ -14,6 +14,7 @@ from monitor.traffic.erase import CHUNK
 from monitor.types import Action
 
 from .admin_port import BEARER, AdminPort
+from .admin_port import KEY as ADMIN_KEY
 from .test_log_text import KEY, Cipher, Said
 from .test_records import reading, record, until
 
@@ -183,7 +184,12 @@ def test_the_admin_port_erases(port, path):
     assert port.ask("POST", "/admin/erase", body={"id": "canary1"})[:2] == (200, {"erased": 1})
     assert port.ask("POST", "/admin/erase", body={"key": "alice"})[:2] == (200, {"erased": 4})
     assert b"canary" not in bytes_of(path)
-    assert [(r["method"], r["path"], r["result"]) for r in port.rows()] == [("POST", "/admin/erase", "200")] * 2
+    assert port.status("POST", "/admin/erase", body={"key": f"a\n{ADMIN_KEY}"}) == 200
+    assert [(r["path"], r["result"]) for r in port.rows()] == [
+        ("/admin/erase", "200 request canary1: 1 erased"),
+        ("/admin/erase", "200 key 'alice': 4 erased"),
+        ("/admin/erase", "200 key 'a\\n[key]': 0 erased"),
+    ]
 
 
 @pytest.mark.parametrize(

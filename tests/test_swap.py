@@ -1,5 +1,6 @@
 """Live changes (T23): live.json is followed without a restart; what does not verify is refused; nobody notices."""
 
+import functools
 import json
 import sys
 import threading
@@ -126,7 +127,10 @@ def test_promote_rollback_and_shadow_by_the_admin_port(both):
     assert gone.json() == {"probe": "hair", "candidate": None} and live(both) == {"hair": ("v1", "block")}
     done = [(method, path, result) for actor, method, path, result in rows(both) if "probes/" in path]
     assert done == [
-        ("POST", f"/admin/probes/hair/{what}", "200") for what in ("promote", "rollback", "shadow", "shadow")
+        ("POST", "/admin/probes/hair/promote", "200 promoted v2, v1 is kept"),
+        ("POST", "/admin/probes/hair/rollback", "200 rolled back to v1, v2 is kept"),
+        ("POST", "/admin/probes/hair/shadow", "200 shadow v3"),
+        ("POST", "/admin/probes/hair/shadow", "200 shadow none"),
     ]
     assert (reloads(both, "loaded"), reloads(both, "refused")) == (4, 0)
     time.sleep(0.3)  # the file is as the server left it: nothing is loaded again
@@ -150,7 +154,27 @@ def test_what_is_refused_changes_neither_file_nor_service(both, tiny, what, body
     answer = both.admin("POST", f"probes/hair/{what}", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "refused")
     assert says in answer.json()["error"]["message"]
+    tried = {"promote": f"promote {body.get('version')}", "rollback": "roll back to the version before"}
+    assert rows(both)[-1][3] == f"422 {tried.get(what, 'shadow ' + str(body.get('version')))}"
     assert (both.store.overlay / "live.json").read_text() == before and live(both) == {"hair": ("v1", "block")}
+
+
+def test_who_has_seen_another_version_changes_nothing(both):
+    """Two operators press `Roll back to v1`: the second one would bring the bad version back."""
+    ask = functools.partial(both.admin, "POST")
+    seen = {"to": "v1", "instead_of": "v2"}
+    ask("probes/hair/promote", json={"version": "v2", "instead_of": "v1"})
+    assert ask("probes/hair/rollback", json=seen).json() == {"probe": "hair", "live": "v1", "previous": "v2"}
+    for what, body, says in (
+        ("rollback", seen, "hair v2 is not live any more, v1 is"),
+        ("rollback", {"to": "v1"}, "hair would go back to v2, not to v1"),
+        ("promote", {"version": "v3", "instead_of": "v2"}, "hair v2 is not live any more, v1 is"),
+        ("shadow", {"version": "v3", "instead_of": "v2"}, "hair v2 is not live any more, v1 is"),
+    ):
+        answer = ask(f"probes/hair/{what}", json=body)
+        assert (answer.status_code, says in answer.json()["error"]["message"]) == (422, True), answer.text
+        assert live(both) == {"hair": ("v1", "block")} and both.store.live(MODEL) == {"hair": "v1"}
+    assert ask("probes/hair/rollback", json={}).json()["live"] == "v2"  # a script that says nothing goes back and forth
 
 
 @pytest.mark.parametrize(
@@ -169,6 +193,7 @@ def test_the_shelf(both):
         "name": "hair", "live": "v1", "previous": None, "candidate": "v3", "backlog": 0,
     }  # fmt: skip
     assert hair["needed"] == 598
+    assert (hair["serves"], hair["tries"], hair["missing"]) == ("v1", "v3", False)
     found = [(t["phase"], t["format"], t["stale"]) for t in hair["thresholds"]]
     assert found == [(phase, form, None) for form in ("chat", "raw") for phase in ("prompt", "response")], "few values"
     assert [(v["version"], v["live"], v["candidate"]) for v in hair["versions"]] == [
@@ -177,6 +202,31 @@ def test_the_shelf(both):
     newest = hair["versions"][0]
     assert (newest["layers"], newest["kind"], newest["gate"], newest["labels"]) == ([LAYER], "harm", None, None)
     assert newest["metrics"] == {} and len(newest["sha256"]) == 64
+
+
+@pytest.mark.parametrize("fault", ["refused", "missing"])
+def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fault):
+    """It opens whatever live.json names, so that one can roll back."""
+    publish(tiny, both.store, 2.0, template_hash="f" * 64)
+    named = "v4" if fault == "refused" else "v9"
+    chosen = {"hair": named, "hair@previous": "v1", "hair@candidate": "v4"}
+    (both.store.overlay / "live.json").write_text(json.dumps({f"{MODEL}/{k}": v for k, v in chosen.items()}))
+    until(lambda: reloads(both, "refused") == 1)
+    (hair,) = both.admin("GET", "probes").json()["probes"]
+    assert {k: hair[k] for k in ("live", "missing", "serves", "tries", "previous")} == {
+        "live": named, "missing": fault == "missing", "serves": "v1", "tries": None, "previous": "v1",
+    }  # fmt: skip
+    assert [v["version"] for v in hair["versions"]] == ["v4", "v3", "v2", "v1"]
+    wrong = both.admin("POST", "probes/hair/rollback", json={"to": "v3"})
+    assert "hair would go back to v1, not to v3" in wrong.json()["error"]["message"], "not what is wrong with live.json"
+    if fault == "missing":
+        promoted = both.admin("POST", "probes/hair/promote", json={"version": "v2", "instead_of": named})
+        assert promoted.json() == {"probe": "hair", "live": "v2", "previous": "v1"}
+        named = "v2"
+    back = both.admin("POST", "probes/hair/rollback", json={"to": "v1", "instead_of": named})
+    assert back.status_code == 200 and both.store.live(MODEL) == {"hair": "v1"}
+    (hair,) = both.admin("GET", "probes").json()["probes"]
+    assert (hair["live"], hair["serves"], hair["missing"]) == ("v1", "v1", False)
 
 
 # --- candidates -----------------------------------------------------------------------------------------------------

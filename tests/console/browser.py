@@ -128,6 +128,11 @@ class Page:
             self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **more)
             self.send("Input.dispatchKeyEvent", type="keyUp", **more)
 
+    def hold(self, key: str, again: bool = False) -> None:
+        """A key goes down and stays there; again: as the keyboard repeats it."""
+        more = {"key": key, "windowsVirtualKeyCode": ord(key.upper()), "code": key, "text": key}
+        self.send("Input.dispatchKeyEvent", type="keyDown", autoRepeat=again, **more)
+
     def write(self, text: str) -> None:
         self.send("Input.insertText", text=text)
 

@@ -64,6 +64,18 @@ def test_a_session_that_has_ended_asks_for_the_key_again(port, page):
     page.until("document.querySelector('form.signin')?.innerText.includes('session has ended')")
 
 
+def test_who_is_not_signed_out_is_not_told_so(port, page):
+    """The cookie is still there, and whoever comes next would be this operator."""
+    filled(port)
+    in_queue(port, page)
+    page.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('no network'))")
+    page.run("document.getElementById('leave').click()")
+    page.until("document.querySelector('#toast .bad')?.innerText.includes('You are still signed in')")
+    assert page.count(".signin") == 0 and page.text("#who") == "ann"
+    page.run("window.fetch = window.real; document.getElementById('leave').click()")
+    page.until("document.querySelector('form.signin')?.innerText.includes('You are signed out')")
+
+
 # --- reviewing by keys ----------------------------------------------------------------------------------------------
 
 
@@ -94,7 +106,9 @@ def test_labels_by_keyboard(port, page):
     page.press("k")
     shows(page, "earlier")
     rows = [(r["actor"], r["path"], r["result"]) for r in port.rows() if r["method"] == "POST"]
-    assert rows == [("admin", "/admin/session", "200"), *[("admin:ann", "/admin/labels", "200")] * 4]
+    words = (f"{first} harmful", f"{second} harmless", f"{third} unsure", f"{third} harmful, was unsure")
+    said = [("admin:ann", "/admin/labels", f"200 labelled {w}") for w in words]
+    assert rows == [("admin", "/admin/session", "200"), *said]
 
 
 def test_without_a_mouse_everything_can_be_reached(port, page):
@@ -195,7 +209,7 @@ def test_traffic_goes_by_without_text(port, page):
     assert "question" not in page.text(".live")
     page.press("p")
     port.say("e" * 32, "another", value=5.0)
-    page.until("document.querySelector('.sums').innerText.includes('flag 5')")
+    page.until("document.querySelector('.sums').innerText.includes('flag 2')")
     assert page.count(".live tbody tr") == 7
     page.press("p")
     page.until("document.querySelectorAll('.live tbody tr').length === 8")
@@ -239,11 +253,13 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     page.until("document.querySelector('.training pre')?.innerText.includes('gate: PASS')")
     assert "<b>fitting</b>" in page.text(".training pre")
     assert port.probes.asked == [
-        ("promote", "demo", "v2"), ("rollback", "demo"), ("shadow", "demo", "v2"), ("retrain", "demo"),
+        ("promote", "demo", "v2"), ("rollback", "demo", "v1"), ("shadow", "demo", "v2"), ("retrain", "demo"),
     ]  # fmt: skip
     page.press("4")
     page.until("document.querySelector('.audit table')?.innerText.includes('/admin/probes/demo/rollback')")
     assert page.text(".audit table").count("admin:ann") >= 4
+    for words in ("200 promoted v2, v1 is kept", "200 rolled back to v1, v2 is kept", "202 retrain demo"):
+        assert words in page.text(".audit table")
 
 
 # --- every width, both schemes --------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Path, Query
+from fastapi import FastAPI, Path
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -21,6 +20,7 @@ from monitor import __version__
 from monitor.api.admin.console import PATHS, console_routes
 from monitor.api.admin.desk import Desk
 from monitor.api.admin.guard import AdminGuard
+from monitor.api.admin.keeping import keeping_routes
 from monitor.api.admin.plain import dumped, json_response
 from monitor.api.admin.probes import ProbeOperations, probe_routes
 from monitor.api.admin.review import review_routes
@@ -30,12 +30,10 @@ from monitor.api.events import EventStream
 from monitor.audit import Audit
 from monitor.errors import ConfigInvalid, MidstreamError, Overloaded, RequestInvalid
 from monitor.offenders import Offenders
-from monitor.traffic.labelling import request_key
 
 MAX_TRACES = 4
 """Scored requests at once."""
 
-RequestId = Annotated[str, Path(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
 KeyName = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -100,15 +98,6 @@ class ScoresRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
 
 
-class EraseRequest(BaseModel):
-    """Whose records: of an API key's name ("": without a key), or of a request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    key: Annotated[str, Field(max_length=64)] | None = None
-    id: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,128}$")] | None = None
-
-
 def create_admin(
     operations: Operations,
     key: str,
@@ -124,6 +113,7 @@ def create_admin(
     app = FastAPI(title="midstream admin", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _reading(app, operations)
     _changing(app, operations)
+    keeping_routes(app, operations.records, operations.audit, operations.erase)
     _scoring(app, operations.tracer)
     if operations.probes is not None:
         probe_routes(app, operations.probes)
@@ -160,17 +150,6 @@ def _reading(app: FastAPI, operations: Operations) -> None:
     async def keys() -> Response:
         return json_response({"keys": list(operations.keys.names)})
 
-    @app.get("/admin/records/{request_id}")
-    async def records(request_id: RequestId) -> Response:
-        found = await asyncio.to_thread(operations.records, request_id)
-        if not found:
-            raise ApiError(404, f"there is no record of {request_id!r} (any more)", code="not_found")
-        return json_response({"records": found})
-
-    @app.get("/admin/audit")
-    async def audit(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        return json_response({"rows": await asyncio.to_thread(operations.audit.latest, limit)})
-
     @app.get("/admin/offenders")
     async def offenders() -> Response:
         return json_response({"offenders": operations.offenders.describe()})
@@ -192,18 +171,6 @@ def _changing(app: FastAPI, operations: Operations) -> None:
         if not operations.offenders.clear(key):
             raise ApiError(404, f"key {key!r} has no flags or blocks in the window", code="not_found")
         return json_response({"cleared": key})
-
-    if operations.erase is not None:
-        _erasing(app, operations.erase)
-
-
-def _erasing(app: FastAPI, erase: Callable[[str | None, str | None], int]) -> None:
-    @app.post("/admin/erase")
-    async def erased(body: EraseRequest) -> Response:
-        if (body.key is None) == (body.id is None):
-            raise ApiError(400, "say whose records: one of key and id", code="bad_value")
-        number = None if body.id is None else request_key(body.id)
-        return json_response({"erased": await asyncio.to_thread(erase, body.key, number)})
 
 
 def _scoring(app: FastAPI, tracer: Tracer) -> None:

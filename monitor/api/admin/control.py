@@ -76,6 +76,7 @@ def operations(
         settings.log,
         settings.target_fpr / 2,
         settings.feature_rate if settings.log_features else 0.0,
+        lambda: serving.live().probes,
         metrics.drift.standings,
     )
     flush = (lambda: None) if features is None else features.flush

@@ -27,6 +27,7 @@ from monitor.traffic import (
 )
 from monitor.traffic.labelling import listed, newest_labels, only_choice, request_key, signed
 from monitor.traffic.nearest import nearest_queue, threshold_of
+from monitor.traffic.review import NoSuchRecord
 from monitor.traffic.turns import turns_of
 
 
@@ -81,19 +82,21 @@ class Desk:
         """How much waits: asked after every label, so no more than one small index is read. raises: ConfigInvalid"""
         return {"unlabelled": count_unlabelled(self.where)}
 
-    def request(self, request_id: str) -> dict[str, Any] | None:
-        """All that is kept of one, by choice; None if it is not in the log. raises: ConfigInvalid"""
+    def request(self, request_id: str, choice: int | None) -> dict[str, Any]:
+        """All that is kept of one choice, and which there are: of all of them it would be a hundred texts.
+
+        choice: None: the first. raises: NoSuchRecord, ConfigInvalid
+        """
         key = request_key(request_id)
-        found = find_records(self.where, key)
-        if not found:
-            return None
+        found = {body["index"]: body for body in find_records(self.where, key)}
+        body = next(iter(found.values()), None) if choice is None else found.get(choice)
+        if body is None:
+            raise NoSuchRecord(key, choice or 0)
         texts, why = self._texts(key)
-        choices = [
-            {"record": body, "labels": find_labels(self.where, key, body["index"])}
-            | self._conversation(texts.get(body["index"]), body)
-            for body in found
-        ]
-        return {"id": key, "choices": choices, "no_text": why, "lens": self.lens is not None and bool(texts)}
+        one = {"record": body, "labels": find_labels(self.where, key, body["index"])}
+        one |= self._conversation(texts.get(body["index"]), body)
+        told = {"id": key, "indices": list(found), "choice": one, "no_text": why}
+        return told | {"lens": self.lens is not None and bool(texts)}
 
     def _texts(self, key: str) -> tuple[dict[int, dict[str, Any]], str | None]:
         """By choice; and if there are none, why, in a sentence."""

@@ -13,6 +13,7 @@ from typing import Literal
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from monitor.api.admin.outcome import room_for_outcome
 from monitor.api.admin.session import COOKIE, THE_KEY, Operator, Sessions, judge_session
 from monitor.api.errors import ApiError
 from monitor.api.peers import PerMinute, peer_name
@@ -106,7 +107,7 @@ class AdminGuard:
             await refusal.response()(scope, receive, _with_headers(send))
         else:
             own = {**scope, "midstream.operator": operator}
-            await self._app(own, _bounded(receive), self._recorded(row, scope, receive, _with_headers(send)))
+            await self._app(own, _bounded(receive), self._recorded(row, own, receive, _with_headers(send)))
 
     def _judge(self, scope: Scope, peer: str) -> tuple[Outcome, ApiError | None, Operator]:
         if not self._known_host(scope):
@@ -159,13 +160,14 @@ class AdminGuard:
 
     def _recorded(self, row: int, scope: Scope, receive: Receive, send: Send) -> Send:
         """How it ended is written before it is answered; if it can't be, that is the answer."""
-        failed = False
+        failed, said = False, room_for_outcome(scope)
 
         async def recorded(message: Message) -> None:
             nonlocal failed
             if message["type"] == "http.response.start":
                 try:
-                    await asyncio.to_thread(self._audit.ended, row, str(message["status"]))
+                    result = " ".join([str(message["status"]), *said]).replace(self._key, "[key]")
+                    await asyncio.to_thread(self._audit.ended, row, result)
                 except AuditFailed:
                     failed = True
                     self._counted("audit_failed")

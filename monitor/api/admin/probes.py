@@ -10,8 +10,10 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from monitor.api.admin.outcome import did
 from monitor.api.errors import ApiError
 from monitor.errors import MidstreamError, Overloaded
 from probes_store.promote import Choice
@@ -26,11 +28,11 @@ class Changes(Protocol):
 
     async def follow(self) -> None: ...
 
-    async def promote(self, probe: str, version: str, fewer: bool = False) -> Choice: ...
+    async def promote(self, probe: str, version: str, fewer: bool = False, instead_of: str | None = None) -> Choice: ...
 
-    async def rollback(self, probe: str) -> Choice: ...
+    async def rollback(self, probe: str, to: str | None = None, instead_of: str | None = None) -> Choice: ...
 
-    async def shadow(self, probe: str, version: str | None) -> Choice: ...
+    async def shadow(self, probe: str, version: str | None, instead_of: str | None = None) -> Choice: ...
 
 
 class Retrainer(Protocol):
@@ -60,21 +62,27 @@ class ProbeOperations:
             await asyncio.sleep(TELL_S)
 
 
-class PromoteRequest(BaseModel):
+class _Seen(BaseModel):
+    """instead_of: the live version that the operator has seen; where another one is live by now, nothing is changed"""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    instead_of: Version | None = None
+
+
+class PromoteRequest(_Seen):
     version: Version
     fewer_phases: bool = False
     """It may only shadow what it is not calibrated for and the one before is."""
 
 
-class RollbackRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class RollbackRequest(_Seen):
+    """to: the version to go back to; None: whichever it is"""
+
+    to: Version | None = None
 
 
-class ShadowRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ShadowRequest(_Seen):
     version: Version | None
 
 
@@ -92,20 +100,26 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
         return JSONResponse(await asyncio.to_thread(operations.shelf))
 
     @app.post("/admin/probes/{name}/promote")
-    async def promote(name: Name, body: PromoteRequest) -> Response:
-        return _live(await _done(changes.promote(name, body.version, body.fewer_phases)))
+    async def promote(request: Request, name: Name, body: PromoteRequest) -> Response:
+        did(request, f"promote {body.version}")
+        return _live(
+            request, "promoted", await _done(changes.promote(name, body.version, body.fewer_phases, body.instead_of))
+        )
 
     @app.post("/admin/probes/{name}/rollback")
-    async def rollback(name: Name, body: RollbackRequest) -> Response:
-        return _live(await _done(changes.rollback(name)))
+    async def rollback(request: Request, name: Name, body: RollbackRequest) -> Response:
+        did(request, f"roll back to {body.to or 'the version before'}")
+        return _live(request, "rolled back to", await _done(changes.rollback(name, body.to, body.instead_of)))
 
     @app.post("/admin/probes/{name}/shadow")
-    async def shadow(name: Name, body: ShadowRequest) -> Response:
-        choice = await _done(changes.shadow(name, body.version))
+    async def shadow(request: Request, name: Name, body: ShadowRequest) -> Response:
+        did(request, f"shadow {body.version or 'none'}")
+        choice = await _done(changes.shadow(name, body.version, body.instead_of))
         return JSONResponse({"probe": choice.probe, "candidate": choice.candidate})
 
     @app.post("/admin/retrain")
-    async def retrained(body: RetrainRequest) -> Response:
+    async def retrained(request: Request, body: RetrainRequest) -> Response:
+        did(request, f"retrain {body.probe}")
         started = await retrain.start(body.probe)
         if started is None:
             raise ApiError(409, "a training runs already; wait for its end: GET /admin/retrain", code="running")
@@ -116,7 +130,8 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
         return JSONResponse(dict(retrain.describe()))
 
 
-def _live(choice: Choice) -> Response:
+def _live(request: Request, verb: str, choice: Choice) -> Response:
+    did(request, f"{verb} {choice.live}" + (f", {choice.previous} is kept" if choice.previous else ""))
     return JSONResponse({"probe": choice.probe, "live": choice.live, "previous": choice.previous})
 
 

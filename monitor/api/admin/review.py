@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from starlette.responses import Response
 
 from monitor.api.admin.desk import Desk, Page
 from monitor.api.admin.feed import seen
+from monitor.api.admin.outcome import did
 from monitor.api.admin.plain import dumped, json_response
 from monitor.api.admin.session import Operator, operator_of
 from monitor.api.errors import ApiError
@@ -29,6 +31,9 @@ MAX_CHOICE = 10**6
 _TICK_S = 0.25
 _QUIET_S = 15.0
 _AT_FIRST = 100
+_NUMBER = re.compile(r"[0-9]{1,15}")
+_Event = tuple[int, dict[str, Any]]
+"""How many records there were with it, from where one can go on, and what it says."""
 RequestId = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,128}$")]
 _Text = Annotated[str, Query(max_length=128)]
 
@@ -88,14 +93,19 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         return json_response(await asyncio.to_thread(desk.counts))
 
     @app.get("/admin/requests/{request_id}")
-    async def one(request_id: Annotated[str, Path(pattern=r"^[0-9A-Za-z_-]{1,128}$")]) -> Response:
-        found = await asyncio.to_thread(desk.request, request_id)
-        if found is None:
-            raise ApiError(404, f"there is no record of {request_id!r} (any more)", code="not_found")
-        return json_response(found)
+    async def one(
+        request_id: Annotated[str, Path(pattern=r"^[0-9A-Za-z_-]{1,128}$")],
+        choice: Annotated[int | None, Query(ge=0, le=MAX_CHOICE)] = None,
+    ) -> Response:
+        try:
+            # Its JSON too: the event loop is the one that the data routes' tokens go through.
+            return await asyncio.to_thread(lambda: json_response(desk.request(request_id, choice)))
+        except NoSuchRecord as error:
+            raise ApiError(404, str(error), code="not_found") from None
 
     @app.post("/admin/lens")
-    async def lens(body: LensRequest) -> Response:
+    async def lens(request: Request, body: LensRequest) -> Response:
+        did(request, f"lens of {body.id}/{body.choice}")
         if desk.lens is None:
             message = "this server runs no logit lens: it needs kept text and the embedded engine"
             raise ApiError(404, message, code="not_found")
@@ -110,8 +120,12 @@ def _labelling(app: FastAPI, desk: Desk) -> None:
         if name is not None and body.by not in (None, name):
             raise ApiError(400, f"you are signed in as {name!r}; leave `by` out", param="by", code="bad_value")
         by = name or body.by or "admin"
+        did(request, f"label {body.id} {body.label}")
         try:
-            return json_response(await asyncio.to_thread(desk.label, body.id, body.choice, body.label, by))
+            done = await asyncio.to_thread(desk.label, body.id, body.choice, body.label, by)
+            was = f", was {done['before']}" if done["before"] else ""
+            did(request, f"labelled {done['id']}/{done['choice']} {body.label}{was}" + ("" if name else f" by {by}"))
+            return json_response(done)
         except NoSuchRecord as error:
             raise ApiError(404, str(error), code="not_found") from None
 
@@ -125,34 +139,38 @@ def _watching(app: FastAPI, desk: Desk) -> None:
             raise ApiError(429, f"{MAX_WATCHERS} watch already; close one", code="queue_full")
         one = object()
         watching.add(one)
-        source = _events(desk, operator_of(request))
+        source = _events(desk, operator_of(request), request.headers.get("last-event-id", ""))
         return EventStream(_lines(source), source, {}, lambda: watching.discard(one))
 
 
-async def _events(desk: Desk, operator: Operator) -> AsyncGenerator[dict[str, Any] | None, None]:
+async def _events(desk: Desk, operator: Operator, last: str) -> AsyncGenerator[_Event | None, None]:
     """Records as they come; None now and then when none do, so that a peer that is gone is found out.
 
-    Ends with the session. Who can't follow is told how many records went by.
+    last: the number that it has seen last, of who comes back. Ends with the session. Who can't follow is told how
+    many records went by; what went by before anybody looked is `old`.
     """
-    n, quiet = max(0, desk.feed.since(0)[0] - _AT_FIRST), 0.0
-    yield {"began": n}
+    began, quiet = desk.feed.since(0)[0], 0.0
+    n = max(0, began - _AT_FIRST)
+    if _NUMBER.fullmatch(last):  # of a server that ran before, it may be higher than ours
+        n = began = int(last) if int(last) <= began else 0
+    yield n, {"began": n}
     while operator.alive():
         total, found = desk.feed.since(n)
-        if (missed := total - n - len(found)) > 0:
-            yield {"missed": missed}
-        for record in found:
-            yield seen(record)
+        if (first := total - len(found)) > n:
+            yield first, {"missed": first - n}
+        for number, record in enumerate(found, first + 1):
+            yield number, seen(record) | {"old": number <= began}
         n, quiet = total, 0.0 if found else quiet + _TICK_S
         if quiet >= _QUIET_S:
             quiet = 0.0
             yield None
         await asyncio.sleep(_TICK_S)
-    yield {"ended": "the session has ended; sign in again"}
+    yield n, {"ended": "the session has ended; sign in again"}
 
 
-async def _lines(events: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+async def _lines(events: AsyncIterator[_Event | None]) -> AsyncIterator[bytes]:
     async for event in events:
-        yield b": quiet\n\n" if event is None else b"data: " + dumped(event) + b"\n\n"
+        yield b": quiet\n\n" if event is None else b"id: %d\ndata: %s\n\n" % (event[0], dumped(event[1]))
 
 
 def _cursor(place: tuple[float, int]) -> str:

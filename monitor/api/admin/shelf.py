@@ -19,6 +19,7 @@ class Shelf:
     """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
 
     rate: of requests whose features are kept, whatever they are; 0: of none
+    served: the probes that answer requests now, whatever live.json says
     standings: how the thresholds in force stand to the newest values
     """
 
@@ -29,15 +30,21 @@ class Shelf:
         log: Where,
         target_fpr: float,
         rate: float,
+        served: Callable[[], Sequence[StoredProbe]],
         standings: Callable[[], Sequence[Standing]] = tuple,
     ) -> None:
         self._store, self._slug, self._log, self._target, self._rate = store, slug, log, target_fpr, rate
-        self._standings = standings
+        self._served, self._standings = served, standings
 
     def describe(self) -> dict[str, Any]:
-        """Reads files and the log. raises: ConfigInvalid if live.json is damaged"""
+        """live, candidate: what live.json names, and missing if the store lacks it; serves, tries: what runs here.
+
+        Reads files and the log. raises: ConfigInvalid if live.json is damaged
+        """
         chosen = self._store.choices()
-        live, candidates = self._store.live(self._slug, chosen), self._store.candidates(self._slug, chosen)
+        live, candidates = self._store.named(self._slug, chosen), self._store.candidates(self._slug, chosen)
+        served = self._served()
+        serves, tries = ({p.card.name: p.card.version for p in served if p.candidate is on} for on in (False, True))
         standings = self._standings()
         probes = []
         for name, version in live.items():
@@ -49,6 +56,9 @@ class Shelf:
                     "live": version,
                     "previous": chosen.get(f"{self._slug}/{name}{PREVIOUS}"),
                     "candidate": candidates.get(name),
+                    "missing": version not in self._store.versions(self._slug, name),
+                    "serves": serves.get(name),
+                    "tries": tries.get(name),
                     "backlog": len(self._labels(since)),
                     "needed": self.needed(),
                     "thresholds": [_standing(s) for s in standings if s.probe == name],
@@ -76,7 +86,7 @@ class Shelf:
 
     def needs(self) -> dict[str, int]:
         """`needed`, by probe of harm. raises: ConfigInvalid if live.json is damaged"""
-        return dict.fromkeys(self._store.live(self._slug), self.needed())
+        return dict.fromkeys(self._store.named(self._slug), self.needed())
 
     def _labels(self, since: float) -> Sequence[Labelled]:
         try:

@@ -6,6 +6,8 @@ Every process that serves does it for itself. Running requests end on the set th
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -92,19 +94,22 @@ class Swap:
 
     # --- what an operator asks for -----------------------------------------------------------------------------------
 
-    async def promote(self, probe: str, version: str, fewer: bool = False) -> Choice:
+    # instead_of: the live version that the operator has seen, to: the one to go back to; None: whatever they are.
+
+    async def promote(self, probe: str, version: str, fewer: bool = False, instead_of: str | None = None) -> Choice:
         """Served first, then written: what does not verify is in no file. raises: MidstreamError"""
-        return await self._edit(
-            lambda tried: promoting.promote(self.store, self.slug, probe, version, tried=tried, fewer=fewer)
-        )
+        act = functools.partial(promoting.promote, fewer=fewer, instead_of=instead_of)
+        return await self._edit(lambda tried: act(self.store, self.slug, probe, version, tried=tried))
 
-    async def rollback(self, probe: str) -> Choice:
+    async def rollback(self, probe: str, to: str | None = None, instead_of: str | None = None) -> Choice:
         """raises: MidstreamError"""
-        return await self._edit(lambda tried: promoting.rollback(self.store, self.slug, probe, tried=tried))
+        act = functools.partial(promoting.rollback, to=to, instead_of=instead_of)
+        return await self._edit(lambda tried: act(self.store, self.slug, probe, tried=tried))
 
-    async def shadow(self, probe: str, version: str | None) -> Choice:
+    async def shadow(self, probe: str, version: str | None, instead_of: str | None = None) -> Choice:
         """raises: MidstreamError"""
-        return await self._edit(lambda tried: promoting.shadow(self.store, self.slug, probe, version, tried), probe)
+        act = functools.partial(promoting.shadow, instead_of=instead_of)
+        return await self._edit(lambda tried: act(self.store, self.slug, probe, version, tried), probe)
 
     async def _edit(self, act: Callable[[Tried], Choice], trial: str | None = None) -> Choice:
         """trial: the probe whose candidate must come in"""
@@ -120,7 +125,8 @@ class Swap:
                 return await asyncio.to_thread(act, tried)
             except MidstreamError:
                 self._counted("refused")
-                await self._take(None)  # of the old file
+                with contextlib.suppress(MidstreamError):  # the old file's own fault is not the answer to this
+                    await self._take(None)
                 raise
 
     # --- both --------------------------------------------------------------------------------------------------------

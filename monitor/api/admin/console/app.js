@@ -89,8 +89,12 @@ async function start() {
   whenEnded(() => signedIn() && signedOut("Your session has ended. Sign in again; nothing is lost."));
   document.getElementById("help").addEventListener("click", showHelp);
   document.getElementById("leave").addEventListener("click", async () => {
-    await signOut().catch((error) => say(error.message, true));
-    signedOut("You are signed out.");
+    try {
+      await signOut();
+      signedOut("You are signed out.");
+    } catch (error) {
+      if (signedIn()) say(`You are still signed in: ${error.message}`, true); // no script can take the cookie away
+    }
   });
   addEventListener("hashchange", () => signedIn() && show());
   document.addEventListener("midstream:labelled", refreshCounts);

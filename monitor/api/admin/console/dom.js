@@ -76,8 +76,9 @@ export function say(words, bad = false) {
   forgets = setTimeout(() => place.replaceChildren(), bad ? 9000 : 4000);
 }
 
-/** Asks before something is done. act: awaited; what goes wrong is said in the dialog, which stays. */
-export function ask(title, words, verb, act) {
+/** Asks before something is done. act: awaited; what goes wrong is said in the dialog, which stays. home: puts the focus
+ * somewhere, where what had it before is gone. */
+export function ask(title, words, verb, act, home) {
   const wrong = h("p", { class: "bad", role: "alert" });
   const go = h("button", { class: "main" }, verb);
   const form = h("form", { method: "dialog" }, h("h2", null, title), h("p", null, words), wrong,
@@ -90,11 +91,15 @@ export function ask(title, words, verb, act) {
       await act();
       dialog.close();
     } catch (error) {
-      wrong.textContent = error.message;
+      if (dialog.open) wrong.textContent = error.message;
+      else say(error.message, true); // it was closed meanwhile
       go.disabled = false;
     }
   });
-  dialog.addEventListener("close", () => dialog.remove());
+  dialog.addEventListener("close", () => {
+    dialog.remove();
+    if (document.activeElement === document.body) home();
+  });
   document.body.append(dialog);
   dialog.showModal();
 }

@@ -31,14 +31,15 @@ export function filterBar(chosen, pairs, changed) {
     return h("label", { class: "check" }, box, ` ${name}`);
   });
   const any = chosen.order === "threshold" ? [] : [["", "what decided"]];
-  const isPlain = JSON.stringify({ ...chosen, order: "" }) === JSON.stringify({ ...DEFAULTS, order: "" });
+  const isPlain = Object.keys(DEFAULTS).every((name) => name === "order" || String(chosen[name]) === String(DEFAULTS[name]));
+  const known = [...new Set([...pairs, chosen.probe])].filter(Boolean); // also the chosen one that no row names just now
   return h("div", { class: "filters" },
     h("div", { class: "segments", role: "group", "aria-label": "Order" }, ORDERS.map(([value, words]) =>
       h("button", { type: "button", name: `order-${value}`, "aria-pressed": String(value === chosen.order), on: { click: () => order(value) } }, words))),
     h("details", { open: chosen.open || null, on: { toggle: (event) => { chosen.open = event.target.open; } } },
       h("summary", null, "Filters", isPlain ? null : h("span", { class: "dot", title: "some are set" }, " ●")),
       h("div", { class: "fields" },
-        field("Probe", select([...any, ...pairs.map((p) => [p, p.replace("/", ", ")])], chosen.probe, put("probe"), { name: "probe" })),
+        field("Probe", select([...any, ...known.map((p) => [p, p.replace("/", ", ")])], chosen.probe, put("probe"), { name: "probe" })),
         field("Time", select(TIMES, chosen.time, put("time"), { name: "time" })),
         field("Labels", select(LABELLED, chosen.labelled, put("labelled"), { name: "labelled" })),
         field("Key", key),

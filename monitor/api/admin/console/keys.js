@@ -6,9 +6,11 @@ const OFF = "midstream-keys-off";
 const ALWAYS = [["?", "this help"], ["1 2 3 4", "queue, live, probes, audit"], ["Esc", "close; on a phone back to the queue"]];
 let acts = {};
 let words = [];
+let held = new Set();
 
-/** The keys of the view that is shown. list: [[key, words, act]]; several keys may share a line: "h". */
+/** The keys of the view that is shown. list: [[key, words, act, held]]; held: held down, it acts again and again. */
 export function setKeys(list) {
+  held = new Set(list.filter(([, , , again]) => again).map(([key]) => key));
   acts = Object.fromEntries(list.map(([key, , act]) => [key, act]));
   words = list.filter(([, what]) => what).map(([key, what]) => [key === " " ? "Space" : key, what]);
 }
@@ -29,7 +31,7 @@ export function listen(always) {
     // Space and Enter are the button's that has the focus.
     if ([" ", "Enter"].includes(event.key) && event.target.closest("button, a, summary")) return;
     event.preventDefault();
-    act();
+    if (!event.repeat || held.has(event.key)) act(); // a key that lies under a book labels no queue
   });
 }
 

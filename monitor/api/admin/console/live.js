@@ -11,7 +11,7 @@ export function showLive(place) {
   const totals = Object.fromEntries(VERDICTS.map((name) => [name, 0]));
   const sums = h("p", { class: "sums" });
   const state = h("span", { class: "soft", role: "status" }, "connecting …");
-  const seen = { paused: false, waiting: [], only: false, missed: 0, times: [] };
+  const seen = { paused: false, waiting: [], missed: 0, over: null };
   const pause = button(["Pause ", h("kbd", null, "p")], () => toggle(), { "aria-pressed": "false" });
   const only = h("input", { type: "checkbox" });
   only.addEventListener("change", () => place.classList.toggle("notallowed", only.checked));
@@ -29,7 +29,12 @@ export function showLive(place) {
     seen.paused = !seen.paused;
     pause.setAttribute("aria-pressed", String(seen.paused));
     if (!seen.paused) seen.waiting.splice(0).forEach(add);
-    state.textContent = seen.paused ? "paused" : "live";
+    tell();
+  }
+
+  function tell() {
+    const words = { [EventSource.CONNECTING]: "connecting …", [EventSource.OPEN]: seen.paused ? "paused" : "live", [EventSource.CLOSED]: "not connected; reload the page" };
+    state.textContent = seen.over ?? words[source.readyState];
   }
 
   function add(record) {
@@ -38,17 +43,18 @@ export function showLive(place) {
   }
 
   const source = new EventSource("/admin/live");
-  source.addEventListener("open", () => { state.textContent = seen.paused ? "paused" : "live"; });
-  source.addEventListener("error", () => { state.textContent = source.readyState === EventSource.CLOSED ? "not connected; reload the page" : "connecting again …"; });
+  source.addEventListener("open", tell);
+  source.addEventListener("error", tell);
   source.addEventListener("message", (event) => {
     const record = JSON.parse(event.data);
     if (record.missed) seen.missed += record.missed;
     if (record.ended) {
-      state.textContent = record.ended;
+      seen.over = record.ended;
       source.close();
+      tell();
     }
     if (record.id) {
-      totals[record.verdict] = (totals[record.verdict] ?? 0) + 1;
+      if (!record.old) totals[record.verdict] = (totals[record.verdict] ?? 0) + 1;
       if (seen.paused) seen.waiting = [...seen.waiting, record].slice(-ROWS);
       else add(record);
     }

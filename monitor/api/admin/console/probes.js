@@ -18,26 +18,42 @@ export function showProbes(place) {
   async function load() {
     try {
       const found = await get("/admin/probes");
-      list.replaceChildren(h("p", { class: "soft" }, `of ${found.model}`), ...found.probes.map((probe) => card(probe, load, follow)));
+      const had = list.contains(document.activeElement) ? document.activeElement.closest(".card")?.dataset.probe : null;
+      list.replaceChildren(h("p", { class: "soft" }, `of ${found.model}`), ...found.probes.map((probe) => card(probe, load, follow, () => focus(probe.name))));
+      if (had) focus(had);
     } catch (error) {
       list.replaceChildren(h("p", { class: "bad", role: "alert" }, error.message));
     }
   }
 
+  function focus(name) {
+    [...list.children].find((one) => one.dataset.probe === name)?.focus({ preventScroll: true });
+  }
+
+  function again() {
+    clearTimeout(timer);
+    timer = setTimeout(follow, EVERY_MS);
+  }
+
   async function follow() {
     clearTimeout(timer);
+    let state = null;
     try {
-      const state = await get("/admin/retrain");
-      const was = training.dataset.state;
-      training.dataset.state = state.state;
-      training.replaceChildren(...progress(state));
-      if (state.state === "running" && !left) timer = setTimeout(follow, EVERY_MS);
-      else if (was === "running") {
-        say(state.state === "done" ? "The training is done" : "The training failed", state.state !== "done");
-        load();
-      }
+      state = await get("/admin/retrain");
     } catch (error) {
+      if (left) return;
       training.replaceChildren(error.status === 404 ? "" : h("p", { class: "bad", role: "alert" }, error.message));
+      if (error.status !== 404) again(); // one answer that is missing is not the end of a training
+      return;
+    }
+    if (left) return;
+    const was = training.dataset.state;
+    training.dataset.state = state.state;
+    training.replaceChildren(...progress(state));
+    if (state.state === "running") again();
+    else if (was === "running") {
+      say(state.state === "done" ? "The training is done" : "The training failed", state.state !== "done");
+      load();
     }
   }
 
@@ -47,24 +63,38 @@ export function showProbes(place) {
   return { leave: () => { left = true; clearTimeout(timer); } };
 }
 
-function card(probe, load, follow) {
+/** home: puts the focus on this card, once it is drawn again. */
+function card(probe, load, follow, home) {
   const name = encodeURIComponent(probe.name);
+  // words: of what is true now, by the server's reply
   const done = (act, words) => async () => {
-    await act();
-    say(words);
+    say(words(await act()));
     await load();
   };
-  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, body), `${verb}: done`));
-  const rollback = probe.previous ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
-    `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", {})) : null;
+  const told = (now) => ("live" in now ? `${now.probe} ${now.live} is live` : now.candidate ? `${now.probe} ${now.candidate} runs in shadow` : `${now.probe} has nothing in shadow`);
+  // What is changed is what was seen here: where somebody else was faster, the server refuses and says so.
+  const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, { ...body, instead_of: probe.live }), told), home);
+  const rollback = probe.previous && probe.previous !== probe.live ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
+    `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", { to: probe.previous })) : null;
   const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
-    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, "The training has begun")));
+    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun"), home));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
-  return h("article", { class: "card" },
-    h("div", { class: "line" }, h("h2", null, probe.name), h("span", { class: "tag" }, `${probe.live} live`),
-      probe.candidate ? h("span", { class: "tag shadow" }, `${probe.candidate} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
-    needed(probe), ...(probe.thresholds ?? []).map(standing),
+  return h("article", { class: "card", tabindex: "-1", "data-probe": probe.name, "aria-label": probe.name },
+    h("div", { class: "line" }, h("h2", null, probe.name), probe.serves ? h("span", { class: "tag" }, `${probe.serves} live`) : null,
+      probe.tries ? h("span", { class: "tag shadow" }, `${probe.tries} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
+    unlike(probe), needed(probe), ...(probe.thresholds ?? []).map(standing),
     table(`Versions of ${probe.name}`, ["version", "state", "created", "kind", "layers", "labels", "gate", "figures", "sha256", ""], rows, { class: "stack" }));
+}
+
+/** Where what runs is not what live.json names: the server has refused it, or has not come to it yet. */
+function unlike(probe) {
+  const why = "this server has refused it, or is still loading it; its log says why";
+  const serves = probe.serves ? `${probe.serves} serves here` : "nothing of it serves here";
+  const words = [
+    probe.serves === probe.live ? null : probe.missing ? `live.json names ${probe.live}, which is not in the store; ${serves}. Roll back, or promote another version.`
+      : `live.json names ${probe.live}, but ${serves}: ${why}.`,
+    probe.candidate && probe.tries !== probe.candidate ? `${probe.candidate} is chosen for shadow, but does not run: ${why}.` : null];
+  return words.filter(Boolean).map((line) => h("p", { class: "bad standing" }, line));
 }
 
 function needed(probe) {
@@ -87,7 +117,8 @@ function standing(t) {
 }
 
 function versionRow(probe, version, swap) {
-  const state = version.damaged ? h("span", { class: "bad" }, `damaged: ${version.damaged}`) : version.live ? "live" : version.candidate ? "in shadow" : "";
+  const state = version.damaged ? h("span", { class: "bad" }, `damaged: ${version.damaged}`) : version.version === probe.serves ? "live" : version.version === probe.tries ? "in shadow"
+    : version.live || version.candidate ? h("span", { class: "bad" }, `chosen, does not ${version.live ? "serve" : "run"}`) : "";
   const acts = version.live || version.damaged ? [] : [
     button("Promote", swap(`Promote ${version.version}`, `${probe.name} ${version.version} serves every new request at once, in place of ${probe.live}, which is kept to roll back to.`,
       "promote", { version: version.version })),

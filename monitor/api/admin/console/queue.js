@@ -6,7 +6,7 @@ import { asQuery, DEFAULTS, filterBar } from "./filters.js";
 import { difference, figure, known, time, verdict } from "./format.js";
 import { setKeys } from "./keys.js";
 import { openLens } from "./lens.js";
-import { showRequest } from "./record.js";
+import { fill, showRequest, stopShowing } from "./record.js";
 
 const SOON_MS = 90; // who holds j down is not served every request on the way
 let chosen = { ...DEFAULTS };
@@ -44,9 +44,12 @@ export function showQueue(place, first) {
   const heard = h("p", { class: "aside", role: "status" }); // where one is, for who does not see it
   const bar = h("div");
   const side = h("section", { class: "side", "aria-label": "Queue" }, h("h1", { class: "aside" }, "Queue"), heard, bar, list, foot);
-  const detail = h("section", { class: "detail", "aria-label": "Request" });
+  const detail = h("section", { class: "detail", "aria-label": "Request", tabindex: "-1" });
   place.append(side, detail);
-  const state = { entries: [], next: null, at: -1, open: null, pairs: [], last: null, load: null, opens: 0, shown: null };
+  // wanted: the request that was asked for; shown: the one that is drawn, null while it is not the wanted one. Only
+  // what is shown can be labelled, one at a time.
+  const state = { entries: [], next: null, at: -1, open: null, pairs: [], last: null, load: null, opens: 0, wanted: null, shown: null, sending: false };
+  detail.addEventListener("midstream:shown", (event) => { state.shown = event.detail; });
 
   function drawBar() {
     const name = bar.contains(document.activeElement) ? document.activeElement.name : null;
@@ -58,6 +61,7 @@ export function showQueue(place, first) {
     if (name) bar.querySelector(`[name="${name}"]`)?.focus(); // whoever is there by keyboard stays there
   }
 
+  /** Returns whether it was drawn. */
   async function load(more = false) {
     state.load?.abort();
     const load_ = (state.load = new AbortController());
@@ -78,10 +82,19 @@ export function showQueue(place, first) {
         page.around !== null ? `Distances from ${figure(page.around)}. ` : "",
         page.next ? button("More", () => load(true), { class: "quiet" }) : "");
       select_(state.open ?? (wide() && n ? idOf(state.entries[0]) : null));
-      if (!more && n === 0 && !state.open) detail.replaceChildren(h("p", { class: "empty soft" }, "Nothing waits for a label here."));
+      if (!more && n === 0 && !state.open) showNothing();
+      return true;
     } catch (error) {
       if (error.name !== "AbortError") foot.replaceChildren(h("span", { class: "bad", role: "alert" }, error.message));
+      return false;
     }
+  }
+
+  function showNothing() {
+    clearTimeout(state.opens);
+    stopShowing();
+    state.wanted = state.shown = null;
+    fill(detail, [h("p", { class: "empty soft" }, "Nothing waits for a label here.")]);
   }
 
   function learn(entries) {
@@ -102,27 +115,38 @@ export function showQueue(place, first) {
     link?.scrollIntoView({ block: "nearest" });
     const entry = state.entries[state.at];
     heard.textContent = entry ? `${state.at + 1} of ${state.entries.length}: ${entry.verdict}, ${entry.probe} ${entry.phase} ${figure(entry.value)}` : "";
-    if (id !== null && id !== state.shown) openSoon(id);
+    if (id !== null && id !== state.wanted) openSoon(id);
   }
 
   function openSoon(id) {
-    state.shown = id;
+    state.wanted = id;
+    state.shown = null;
     clearTimeout(state.opens);
+    stopShowing();
     const cut = id.lastIndexOf("/");
     state.opens = setTimeout(() => showRequest(detail, id.slice(0, cut), Number(id.slice(cut + 1)), label), SOON_MS);
   }
 
-  function go(steps) {
-    if (state.at + steps >= state.entries.length && state.next) load(true).then(() => go(0));
+  /** Returns whether another request is wanted now. */
+  async function go(steps) {
+    const { wanted } = state;
+    if (state.at + steps >= state.entries.length && state.next && !(await load(true))) return false;
+    if (state.wanted !== wanted || !state.entries.length) return false; // somebody has gone elsewhere meanwhile
     const to = state.at < 0 ? 0 : Math.max(0, Math.min(state.entries.length - 1, state.at + steps));
-    if (state.entries.length) history.replaceState(null, "", linkTo(state.entries[to]));
-    if (state.entries.length) move(location.hash.split("/").slice(2));
+    history.replaceState(null, "", linkTo(state.entries[to]));
+    move(location.hash.split("/").slice(2));
+    return state.wanted !== wanted;
   }
 
   async function label(word) {
     const id = state.shown;
-    if (id === null || (!wide() && !state.open)) return;
+    if (!wide() && !state.open) return;
+    if (id === null || state.sending) {
+      if (state.wanted !== null) say(`Not labelled: ${state.sending ? "the label before is being sent" : "the request is not on screen yet"}`);
+      return;
+    }
     const cut = id.lastIndexOf("/");
+    state.sending = true;
     try {
       const done = await post("/admin/labels", { id: id.slice(0, cut), choice: Number(id.slice(cut + 1)), label: word });
       state.last = id;
@@ -134,13 +158,12 @@ export function showQueue(place, first) {
         list.children[at].querySelector(".mark").replaceChildren(mark(state.entries[at].label));
       }
       document.dispatchEvent(new CustomEvent("midstream:labelled"));
-      if (at >= 0 && at === state.at && at + 1 < state.entries.length) go(1);
-      else {
-        state.shown = null;
-        openSoon(id);
-      }
+      const gone = at >= 0 && at === state.at && (await go(1));
+      if (!gone && state.shown === id) openSoon(id); // drawn again, with its label
     } catch (error) {
       say(error.message, true);
+    } finally {
+      state.sending = false;
     }
   }
 
@@ -162,7 +185,7 @@ export function showQueue(place, first) {
 
   const wide = () => matchMedia("(min-width: 60rem)").matches;
   setKeys([
-    ["j", "next request", () => go(1)], ["k", "the one before", () => go(-1)],
+    ["j", "next request", () => go(1), true], ["k", "the one before", () => go(-1), true],
     ["h", "label: harmful", () => label("harmful")], ["s", "label: harmless (safe)", () => label("harmless")],
     ["u", "label: unsure", () => label("unsure")], ["z", "back to what was labelled last, to label it again", back],
     ["l", "logit lens of this request", () => openLens(detail)], ["t", "into the text; then ← → from token to token", () => detail.querySelector(".tokens, .trace")?.focus()],
@@ -173,5 +196,5 @@ export function showQueue(place, first) {
   drawBar();
   move(first);
   load();
-  return { move, leave: () => { state.load?.abort(); clearTimeout(state.opens); place.classList.remove("opened"); } };
+  return { move, leave: () => { state.load?.abort(); clearTimeout(state.opens); stopShowing(); place.classList.remove("opened"); } };
 }

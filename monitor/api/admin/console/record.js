@@ -10,18 +10,30 @@ import { traceChart } from "./trace.js";
 const LABELS = [["harmful", "h", "Harmful"], ["harmless", "s", "Harmless"], ["unsure", "u", "Unsure"]];
 let asked = null;
 
-/** label: called with a word of LABELS. */
+/** Other content for a place. Who had the focus there keeps it: on the same label's button, else on the place. */
+export function fill(place, parts) {
+  const had = place.contains(document.activeElement) ? document.activeElement : null;
+  const same = LABELS.map(([word]) => `.say.${word}`).find((button) => had?.matches(button));
+  place.replaceChildren(...parts);
+  if (had) ((same && place.querySelector(same)) ?? place).focus({ preventScroll: true });
+}
+
+/** What is being asked for is not shown any more. */
+export function stopShowing() {
+  asked?.abort();
+}
+
+/** label: called with a word of LABELS. Says `midstream:shown` with "ID/choice" once it is drawn. */
 export async function showRequest(place, id, choice, label) {
   asked?.abort();
   const own = (asked = new AbortController());
   try {
-    const found = await get(`/admin/requests/${encodeURIComponent(id)}`, own.signal);
-    const one = found.choices.find((c) => c.record.index === choice) ?? found.choices[0];
-    place.replaceChildren(...parts(found, one, label));
+    const found = await get(`/admin/requests/${encodeURIComponent(id)}?choice=${choice}`, own.signal);
+    fill(place, parts(found, found.choice, label));
     place.scrollTop = 0;
     place.dispatchEvent(new CustomEvent("midstream:shown", { detail: `${id}/${choice}` }));
   } catch (error) {
-    if (error.name !== "AbortError") place.replaceChildren(h("p", { class: "empty bad", role: "alert" }, error.message));
+    if (error.name !== "AbortError") fill(place, [h("p", { class: "empty bad", role: "alert" }, error.message)]);
   }
 }
 
@@ -61,14 +73,14 @@ function cursor() {
 }
 
 function head(found, { record, labels }) {
-  const others = found.choices.filter((c) => c.record.index !== record.index);
+  const others = found.indices.filter((index) => index !== record.index);
   const c = record.coverage;
   return h("header", { class: "head" },
     h("a", { class: "back", href: "#/queue" }, "‹ Queue"),
     h("div", { class: "line" }, h("h2", null, verdict(record.verdict)), h("code", { class: "id" }, record.request_id),
       record.index || others.length ? h("span", null, `choice ${record.index}`) : null,
       labels[0] ? h("span", { class: `label ${labels[0].label}` }, labels[0].label) : null,
-      others.map((o) => h("a", { href: `#/request/${encodeURIComponent(found.id)}/${o.record.index}` }, `choice ${o.record.index}`))),
+      others.map((o) => h("a", { href: `#/request/${encodeURIComponent(found.id)}/${o}` }, `choice ${o}`))),
     h("div", { class: "line soft" }, time(record.created, true), h("span", null, record.model), h("span", null, record.route),
       h("span", null, record.key ? `key ${record.key}` : "no key"), h("span", null, `policy ${record.policy}`),
       h("span", null, `${count(c.prompt_tokens)} + ${count(c.response_tokens)} tokens`), h("span", null, `ended: ${record.finish}`)));
