@@ -142,7 +142,7 @@ def test_bad_settings(run, monkeypatch, tmp_path):
 def test_a_mode_that_cannot_be_certified(run, tiny, tiny_folder, random_probe, tmp_path):
     publish(tiny, [(random_probe, {})], tmp_path)
     result = run("serve", "--model", tiny_folder, "--store", tmp_path, "--port", 0, "--mode", "random.prompt=block")
-    refused(result, "can't block in phase prompt", "set the mode to shadow")
+    refused(result, "can't block in phase prompt", "set its mode there to shadow")
 
 
 def test_score_prints_values_and_tokens(run, tiny_folder, published):

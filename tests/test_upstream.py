@@ -179,7 +179,7 @@ def test_one_chunk_with_several_choices_loses_only_those_that_are_blocked(upstre
     reply = Reply(proxy.chat(stream=True, n=2))
     assert reply.texts == {0: "one more", 1: "two b"}
     assert reply.finishes == {0: ["stop"], 1: ["content_filter"]}
-    assert reply.bodies[1]["kept"] == "yes" and reply.done
+    assert "kept" not in reply.bodies[1] and reply.done  # it may spell what was cut
 
 
 @STREAM
