@@ -37,7 +37,8 @@ def test_both_engines_make_the_same_shards(tiny, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["harvested"] == len(TEXTS)
         out[engine] = where
     plans = [read_manifest(where).plan for where in out.values()]
-    assert plans[0] == plans[1]
+    assert plans[0].reader != plans[1].reader, "neither goes on with the other's shards"
+    assert plans[0].model_copy(update={"reader": plans[1].reader}) == plans[1]
 
     for pooling in ("mean", "last"):
         (one, labels), (other, same) = (Harvest(where).load(pooling) for where in out.values())

@@ -25,22 +25,23 @@ ADMIN = "the-admin-key-of-this-test"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices each;
-    senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies; overload_s: for so long"""
+    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices
+    each, and alternatives to each token; senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies; overload_s: for so long"""
 
     limit: int
     receive_s: float
     write_s: float
     slow: int
     choices: int
+    alternatives: int
     senders: int
     normal: int
     fuzzed: int
     overload_s: float
 
 
-SAMPLE = Size(8, 2.0, 2.0, 2, 8, 10, 20, 100, 5.0)
-FULL = Size(128, 10.0, 30.0, 50, 1, 75, 200, 500, 60.0)  # RELIABILITY.md's; more choices would queue for the engine
+SAMPLE = Size(8, 2.0, 2.0, 2, 8, 20, 10, 20, 100, 5.0)
+FULL = Size(128, 10.0, 30.0, 50, 1, 5, 75, 200, 500, 60.0)  # RELIABILITY.md's; more choices would queue for the engine
 POLICY = "name: first\nprobes:\n  random:\n    prompt: {mode: block}\n    response: {mode: block}\n"
 
 
@@ -130,7 +131,7 @@ def test_t10_slow_readers_are_closed_and_their_answers_end(server, size):
     before, n_before = server.limited("write"), len(server.sink.records)
     body = {
         "model": server.model.name, "messages": [{"role": "user", "content": "hi"}], "stream": True, "n": size.choices,
-        "max_tokens": 900, "ignore_eos": True, "logprobs": True, "top_logprobs": 5,
+        "max_tokens": 900, "ignore_eos": True, "logprobs": True, "top_logprobs": size.alternatives,
     }  # fmt: skip
     poll, opened, memory = select.poll(), {}, server.memory()
     for _ in range(size.slow):
