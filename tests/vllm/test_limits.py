@@ -25,8 +25,9 @@ ADMIN = "the-admin-key-of-this-test"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices
-    each, and alternatives to each token; senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies; overload_s: for so long"""
+    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices each,
+    and alternatives to each token; senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies;
+    overload_s: for so long"""
 
     limit: int
     receive_s: float
