@@ -144,10 +144,8 @@ def _of_model(store: Store, model: str, probe: str, version: str) -> Card:
 
 
 def _serving(store: Store, chosen: dict[str, str], model: str, probe: str) -> str | None:
-    versions = store.versions(model, probe)
-    key = f"{model}/{probe}"
-    version = chosen[key] if key in chosen else store.unchosen(model, probe)
-    return version if version in versions else None
+    version = store.named(model, chosen).get(probe)
+    return version if version in store.versions(model, probe) else None
 
 
 def _choose(chosen: dict[str, str], model: str, probe: str, version: str, before: str | None) -> Choice:

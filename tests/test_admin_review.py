@@ -219,8 +219,9 @@ def test_a_prompt_of_any_route_is_turns(prompt, turns):
 
 
 def test_token_ids_are_no_text():
-    assert is_text(turns_of({"prompt": "[1, 2"}, 0)) and is_text(turns_of({"input": "[1]", "instructions": "a"}, 0))
-    assert not is_text(turns_of({"prompt": [1, 2]}, 0)) and not is_text(turns_of({"prompt": [[1], [2, 3]]}, 1))
+    for prompt in ({"prompt": "[1, 2]"}, {"prompt": ["a", "b"]}, {"input": ["[1]"]}, chat("a", "b"), None):
+        assert is_text(prompt)
+    assert not is_text({"prompt": [1, 2]}) and not is_text({"prompt": [[1], [2, 3]]})
 
 
 # --- the lens -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
-
-_IDS = re.compile(r"\[\d+(, \d+)*\]")
 
 
 def turns_of(prompt: Any, choice: int) -> list[dict[str, str]]:
@@ -30,9 +27,10 @@ def turns_of(prompt: Any, choice: int) -> list[dict[str, str]]:
     return turns if given is None else [*turns, {"role": "user" if turns else "", "content": _text(given)}]
 
 
-def is_text(turns: list[dict[str, str]]) -> bool:
-    """Whether somebody wrote them: not token ids, which a client may send in place of a text."""
-    return not any(turn["role"] == "" and _IDS.fullmatch(turn["content"]) for turn in turns)
+def is_text(prompt: Any) -> bool:
+    """Whether somebody wrote it: not token ids, which a client may send in place of a text."""
+    given = prompt.get("prompt") if isinstance(prompt, Mapping) else None
+    return not isinstance(given, list) or all(isinstance(each, str) for each in given)
 
 
 def _turn(message: Any) -> dict[str, str]:

@@ -32,8 +32,8 @@ def read_said(
         for one in labelled:
             said = find_said(settings.log, one.request_id, cipher)
             if one.choice in said:
-                turns = turns_of(said[one.choice]["prompt"], one.choice)
-                if is_text(turns) and (prompt := _prompt(reader, turns)) is not None:
+                given = said[one.choice]["prompt"]
+                if is_text(given) and (prompt := _prompt(reader, turns_of(given, one.choice))) is not None:
                     found.append((one, prompt))
     x = np.zeros((len(found), len(card.layers), card.d_model))
     if found:
