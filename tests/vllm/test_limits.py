@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import select
 import signal
 import socket
 import sqlite3
@@ -25,24 +24,22 @@ ADMIN = "the-admin-key-of-this-test"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices each,
-    and alternatives to each token; senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies;
-    overload_s: for so long"""
+    """limit: requests at once; receive_s, write_s: deadlines; slow: readers that never read, of so many choices each;
+    senders: slow ones of each kind; normal: requests meanwhile; fuzzed: bodies; overload_s: for so long"""
 
     limit: int
     receive_s: float
     write_s: float
     slow: int
     choices: int
-    alternatives: int
     senders: int
     normal: int
     fuzzed: int
     overload_s: float
 
 
-SAMPLE = Size(8, 2.0, 2.0, 2, 8, 20, 10, 20, 100, 5.0)
-FULL = Size(128, 10.0, 30.0, 50, 1, 5, 75, 200, 500, 60.0)  # RELIABILITY.md's; more choices would queue for the engine
+SAMPLE = Size(8, 2.0, 2.0, 2, 8, 10, 20, 100, 5.0)
+FULL = Size(128, 10.0, 30.0, 50, 1, 75, 200, 500, 60.0)  # RELIABILITY.md's; more choices would queue for the engine
 POLICY = "name: first\nprobes:\n  random:\n    prompt: {mode: block}\n    response: {mode: block}\n"
 
 
@@ -132,25 +129,23 @@ def test_t10_slow_readers_are_closed_and_their_answers_end(server, size):
     before, n_before = server.limited("write"), len(server.sink.records)
     body = {
         "model": server.model.name, "messages": [{"role": "user", "content": "hi"}], "stream": True, "n": size.choices,
-        "max_tokens": 900, "ignore_eos": True, "logprobs": True, "top_logprobs": size.alternatives,
+        "max_tokens": 900, "ignore_eos": True, "logprobs": True, "top_logprobs": 5,
     }  # fmt: skip
-    poll, opened, memory = select.poll(), {}, server.memory()
+    opened, memory = [], server.memory()
     for _ in range(size.slow):
         raw = server.connect()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.sendall(whole(body))
-        poll.register(raw, 0)  # only its end: a reset
-        opened[raw.fileno()] = (raw, time.monotonic())
-    closed, normal = [], []
-    deadline = time.monotonic() + 120 + 10 * size.slow
-    while len(closed) < size.slow and time.monotonic() < deadline:
+        opened.append(raw)
+    closed, normal, began = [], [], time.monotonic()
+    while len(closed) < size.slow and time.monotonic() < began + 120 + 10 * size.slow:
         start = time.monotonic()
         assert server.post(None).status_code == 200  # the others go on
         normal.append(time.monotonic() - start)
-        for descriptor, _ in poll.poll(200):
-            poll.unregister(descriptor)
-            closed.append(time.monotonic() - opened[descriptor][1])
-    assert len(closed) == size.slow and server.limited("write") == before + size.slow
+        # By the server's own count: a reset that lies behind a full window reaches its peer only with the next probe.
+        closed += [time.monotonic() - began] * int(server.limited("write") - before - len(closed))
+        time.sleep(0.2)
+    assert len(closed) == size.slow
     assert min(closed) >= size.write_s, "nobody is closed before the deadline"
     grown = server.memory() - memory
     assert server.idle()
@@ -158,7 +153,7 @@ def test_t10_slow_readers_are_closed_and_their_answers_end(server, size):
     assert len(slow) == size.choices * size.slow and {r.finish for r in slow} <= {"aborted", "length"}
     # The engine does not wait for readers: whoever had said everything by then had ended.
     aborted = sum(r.finish == "aborted" for r in slow)
-    for raw, _ in opened.values():
+    for raw in opened:
         raw.close()
     print(
         f"\nT10, vLLM: {size.slow} slow readers closed after {min(closed):.1f} to {max(closed):.1f} s, filling their "
