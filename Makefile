@@ -61,7 +61,7 @@ bench: setup-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.bench.features vllm
 
 attack: setup-vllm
-	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store.py tests/test_tap.py \
+	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store_hostile.py tests/test_tap.py \
 		tests/test_attacks.py tests/test_schema_fuzz.py tests/test_limits.py tests/test_connection.py tests/test_evasion.py \
 		tests/test_log_kill.py tests/test_log_postgres.py tests/test_upstream_faults.py tests/test_upstream_transformers.py \
 		tests/test_upstream_load.py tests/test_poison.py tests/test_certified.py tests/test_loop.py

@@ -8,7 +8,7 @@ from probes_store.base import Base, load_base
 from probes_store.moments import Moments
 from probes_store.store import Store
 
-from .test_store import LAYER, MODEL, D, make_card, weights
+from .stored import LAYER, MODEL, D, make_card, weights
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(40, 1, D)) * 10.0 ** np.arange(-2, D - 2), np.arange(40) % 2

@@ -209,7 +209,7 @@ def test_an_override_by_value_replaces_it(stored, tmp_path):
 # --- false alarms a day -----------------------------------------------------------------------------------------------
 
 
-def test_check_says_how_many_false_alarms_a_day_it_may_cost(run, tmp_path):  # noqa: F811
+def test_check_says_how_many_false_alarms_a_day_it_may_cost(run, tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text(json.dumps({"target_fpr": 0.02}))
     code, out, _ = run("policy", "check", path, "--per-day", "100000", "--json")

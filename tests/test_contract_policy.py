@@ -59,7 +59,7 @@ class TestEmbedded(Policed):
         assert server.post(CHAT, asked(CHAT, HIT)).status_code == 401
 
 
-def test_in_a_given_answer_each_probe_that_is_unsure_is_asked_about(quiet, serve, soft, tmp_path, endpoint):  # noqa: F811
+def test_in_a_given_answer_each_probe_that_is_unsure_is_asked_about(quiet, serve, soft, tmp_path, endpoint):
     """All of its rows come in one step: the second probe waits for its turn when nobody feeds the sequence any more."""
     twin = ProbeWeights("twin", soft.weight, soft.bias)
     running = serve(quiet, [(one, {"calibration": calibrated(1e6)}) for one in (soft, twin)])

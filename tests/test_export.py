@@ -18,7 +18,7 @@ from probes_store.export import TOLERANCE, build, difference, export
 from probes_store.store import Store
 
 from .conftest import make_card as card_of
-from .test_store import LAYER, MODEL, D, make_card, weights
+from .stored import LAYER, MODEL, D, make_card, weights
 
 SHIPPED = ("smollm2-135m-instruct", "harmful-intent", "v1")
 

@@ -81,7 +81,7 @@ def test_one_file_that_can_not_be_read_keeps_no_other(tmp_path, drop):
     assert names(tmp_path) == ["s1", "s3"]
 
 
-def test_a_swap_to_other_layers_costs_no_feature_that_waits_for_its_file(logged, tmp_path):  # noqa: F811
+def test_a_swap_to_other_layers_costs_no_feature_that_waits_for_its_file(logged, tmp_path):
     told, reader = logged(), Slow()
     told.log.attach(reader)
     for name, layers in (("r1", (LAYER,)), ("r2", (LAYER, LAYER + 1)), ("r3", (LAYER,))):

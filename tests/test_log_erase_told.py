@@ -102,6 +102,6 @@ def test_the_server_erases_features_where_the_records_fail(tmp_path):
     assert read_features(tmp_path) == []
 
 
-def test_the_admin_port_knows_a_request_by_what_its_client_saw(port):  # noqa: F811
+def test_the_admin_port_knows_a_request_by_what_its_client_saw(port):
     for given in ("chatcmpl-canary1", "cmpl-canary2", "canary3"):
         assert port.ask("POST", "/admin/erase", body={"id": given})[:2] == (200, {"erased": 1})

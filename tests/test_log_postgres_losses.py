@@ -15,7 +15,7 @@ from .test_records import record, until
 OPTIONS = socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
 
 
-def test_a_text_costs_no_record(url):  # noqa: F811
+def test_a_text_costs_no_record(url):
     drops, texts = [], []
     log_of(url).close()  # the tables are there
     with psycopg.connect(url) as admin:
@@ -33,7 +33,7 @@ def test_a_text_costs_no_record(url):  # noqa: F811
     assert find_said(url, "r1", Cipher(KEY)) == {} and find_said(url, "r2", Cipher(KEY))[0]["answer"] == "a"
 
 
-def test_lost_records_evict_none(url):  # noqa: F811
+def test_lost_records_evict_none(url):
     """Every attempt burns numbers: the newest are kept by rank."""
     drops = []
     log = log_of(url, drops, keep=100)
@@ -51,7 +51,7 @@ def test_lost_records_evict_none(url):  # noqa: F811
     assert stored(url) == [*(f"r{i}" for i in range(1, 100)), "after"]
 
 
-def files(url):  # noqa: F811
+def files(url):
     """Where each table lies: another file once it was written anew."""
     with psycopg.connect(url) as database:
         names = (
@@ -60,7 +60,7 @@ def files(url):  # noqa: F811
         return dict(database.execute(names).fetchall())
 
 
-def test_what_ages_out_does_not_lock_the_log_and_what_is_erased_is_rewritten(url):  # noqa: F811
+def test_what_ages_out_does_not_lock_the_log_and_what_is_erased_is_rewritten(url):
     log = log_of(url)
     for i in range(20):
         log.put(record(f"r{i}", created=1.0 if i else 2.0, key="alice" if i else "bob"))
@@ -76,7 +76,7 @@ def test_what_ages_out_does_not_lock_the_log_and_what_is_erased_is_rewritten(url
     assert all(after[name] != number for name, number in before.items())
 
 
-def test_a_connection_that_is_dead_is_noticed(url):  # noqa: F811
+def test_a_connection_that_is_dead_is_noticed(url):
     """Options of the very socket; that Linux obeys them is Linux's."""
     engine = engine_of(url)
     with engine.connect() as connection:

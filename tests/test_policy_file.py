@@ -190,7 +190,7 @@ def test_readmes_policy_is_one(tmp_path, monkeypatch, shipped):
     assert set(policies) == {"house", "partners"} and policies["partners"].rules["chat"][0].fail_mode == "open"
 
 
-def test_check_prints_every_threshold_with_its_rate(run, tmp_path):  # noqa: F811
+def test_check_prints_every_threshold_with_its_rate(run, tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text(json.dumps({"name": "house", "second": ENDPOINT} | probe(prompt={"escalate_fpr": 0.03})))
     code, out, _ = run("policy", "check", path, "--json")

@@ -20,7 +20,7 @@ from probes_store.promote import promote, rollback
 from probes_store.store import MAX_FILE_BYTES, Store
 
 from .fake_hub import hub as hub
-from .test_store import LAYER, MODEL, D, contents, make_card, rewrite, weights
+from .stored import LAYER, MODEL, D, contents, make_card, rewrite, weights
 
 NAME = "org/Tiny"
 

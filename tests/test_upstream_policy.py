@@ -21,7 +21,7 @@ def soft(quiet):
 
 
 @pytest.fixture
-def policed(quiet, far, soft, tmp_path):  # noqa: F811
+def policed(quiet, far, soft, tmp_path):
     running = []
 
     def started(policy):
