@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from training.flips import mcnemar, share_difference, tango
-from training.gate import harmful_rows_needed
 from training.metrics import Unsupported
+from training.recall import harmful_rows_needed
 
 
 @settings(deadline=None)

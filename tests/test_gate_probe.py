@@ -18,8 +18,9 @@ from monitor.errors import ConfigInvalid, ProbeMismatch
 from monitor.probe import ProbeWeights
 from probes_store.calibration import clopper_pearson
 from probes_store.store import Store
+from training.checks import EXIT_CODE, Evidence, Verdict
 from training.data import read_jsonl
-from training.gate import EXIT_CODE, Evidence, Verdict, benign_rows_needed, decide
+from training.gate import benign_rows_needed, decide
 from training.recipe import Recipe
 
 from .conftest import calibrated, make_card
@@ -126,6 +127,32 @@ def test_lost_recall_degrades_although_the_order_is_the_same():
     lost = check(decision, "recall")
     assert check(decision, "live's").verdict is Verdict.PASS
     assert lost.verdict is Verdict.DEGRADED and "0 rows won" in lost.note and decision.exit_code == 11
+
+
+def test_a_stricter_threshold_is_no_loss_where_the_probe_catches_more_at_one_rate():
+    """The live one flags 20 % of harmless rows where 5 % were asked for, and so catches more than a better probe."""
+    e = evidence(10, harmful=900)
+    live, cut = beside(e, 2.0), 1.5
+    assert (live[e.labels == 1] > cut).mean() > (e.candidate[e.labels == 1] > THRESHOLD).mean() + 0.05
+    found = check(decide(replace(e, live=live, live_threshold=cut)), "recall")
+    assert found.verdict is Verdict.PASS and found.figure.low > 0.2 and "both at 5.00%" in found.name
+    assert "harmless ones, live" in found.note and "each at its threshold" in found.note
+
+
+def test_a_stricter_threshold_does_not_hide_a_worse_probe():
+    e = evidence(10, harmful=900)
+    worse = replace(e, candidate=beside(e, 2.0), threshold=6.0, live=e.candidate, live_threshold=1.5)
+    found = check(decide(worse), "recall")
+    assert found.verdict is Verdict.DEGRADED and "both at" in found.name and found.figure.high < -0.2
+
+
+def test_where_live_certifies_no_such_rate_one_rate_of_the_rows_compares_them():
+    e = evidence(10, harmful=900)
+    found = check(decide(replace(e, live=beside(e, 2.0))), "recall")
+    assert found.verdict is Verdict.PASS and "both at" in found.name
+    assert check(decide(replace(e, live=e.candidate)), "recall").note == "the same judge of every row"
+    few = check(decide(replace(e, target_fpr=0.001, live=beside(e, 2.0))), "recall")
+    assert few.verdict is Verdict.INCONCLUSIVE and "400 more are needed" in few.note
 
 
 def test_a_few_lost_rows_leave_it_open():

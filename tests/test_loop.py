@@ -22,7 +22,7 @@ from monitor.probe import ProbeWeights
 from monitor.traffic import find_records
 from monitor.types import Phase
 from probes_store.store import Store
-from training.metrics import Sample, auroc, paired
+from training.metrics import Sample, auroc, paired, recall_at
 from training.texts import Reader
 
 from .test_demo import Process
@@ -237,13 +237,6 @@ def test_the_loop_on_toxicchat(demo, tmp_path):
         loop.stop()
 
 
-def recall_at_1(harmful, harmless):
-    """As the metrics take them: masses at each value, highest first."""
-    recall = harmful.cumsum(-1) / harmful.sum(-1, keepdims=True)
-    rate = harmless.cumsum(-1) / harmless.sum(-1, keepdims=True)
-    return np.where(rate <= 0.01, recall, 0.0).max(-1)
-
-
 def compare(model, store, slug, live, candidate, held):
     """Prints recall at 1 % false positives on held-back traffic before and after, and the paired interval."""
     prompts, labels = [Reader(model, 512).prompt(text) for text, _ in held], np.array([y for _, y in held])
@@ -254,7 +247,7 @@ def compare(model, store, slug, live, candidate, held):
         weights = ProbeWeights("harmful-intent", probe.weight, probe.bias)
         values.append(np.array(prompt_values(model, weights, how, prompts)))
     before, after = (Sample.of(v, labels, [str(i) for i in range(len(labels))]) for v in values)
-    for name, metric in (("recall at 1 % FPR", recall_at_1), ("AUROC", auroc)):
+    for name, metric in (("recall at 1 % FPR", recall_at(0.01)), ("AUROC", auroc)):
         figure = paired(metric, after, before)
         one, two = (float(metric(*s.masses())) for s in (before, after))
         print(

@@ -24,7 +24,9 @@ from training.metrics import (
     log_auroc,
     over_sets,
     paired,
+    recall_at,
     share_above,
+    threshold_at,
 )
 
 ROWS = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1), st.integers(0, 4)), min_size=2, max_size=60)
@@ -60,6 +62,19 @@ def test_log_auroc_is_the_mean_recall_over_the_logarithm_of_the_rate():
     points = 10 ** np.linspace(-3, -1, 20_001)
     recall = [tpr[np.searchsorted(fpr, f, side="right") - 1] for f in points]
     assert float(log_auroc(*Sample.of(values, labels).masses())) == pytest.approx(np.mean(recall), abs=1e-3)
+
+
+@settings(deadline=None)
+@given(ROWS, st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.5, 1.0]))
+def test_recall_at_a_rate_is_the_best_that_any_threshold_gives(rows, rate):
+    values, labels, _ = (np.array(column) for column in zip(*rows, strict=True))
+    values, labels = np.append(values, [0, 0]), np.append(labels, [0, 1])
+    harmful, harmless = values[labels == 1], values[labels == 0]
+    cuts = [c for c in [-9, *values] if (harmless > c).mean() <= rate + 1e-9]
+    best = max((harmful > c).mean() for c in cuts)
+    assert float(recall_at(rate)(*Sample.of(values, labels).masses())) == pytest.approx(best)
+    if rate < 1:  # at 1 the lowest harmless value is as low as a threshold goes
+        assert (harmful > threshold_at(harmless, rate)).mean() == pytest.approx(best)
 
 
 def test_log_auroc_at_its_ends():

@@ -19,10 +19,11 @@ from monitor.template import POSITION_RULE
 from monitor.types import Phase, Prompt
 from probes_store.card import DataFile
 from probes_store.store import Store, StoredProbe, model_slug
+from training.checks import Decision, Evidence
 from training.data import Row, same_text, unique
 from training.evaluate import set_figures
 from training.floor import tfidf_scores
-from training.gate import Decision, Evidence, decide
+from training.gate import decide
 from training.load import read_prompts, stem
 from training.metrics import Array
 from training.progress import progress
@@ -100,7 +101,7 @@ def compare(
         try:
             live_threshold = _threshold(other, target)
         except MidstreamError:  # it can't certify this rate, which is no reason to keep it
-            console.print(f"{_named(other)} certifies no {target:.2%}: recall is not compared")
+            console.print(f"{_named(other)} certifies no {target:.2%}: recall is compared at that rate of the rows")
     evidence = Evidence(labels, groups, values, threshold, target, live, live_threshold, floor, noise, textless)
     decision = decide(evidence)
     sets = {}

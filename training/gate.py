@@ -5,77 +5,13 @@ A check that the rows can't settle is INCONCLUSIVE, never a pass: it says how ma
 
 from __future__ import annotations
 
-import bisect
-import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
 from probes_store.calibration import STALE_HIGH, STALE_LOW, clopper_pearson, is_stale
 from training import metrics
-from training.flips import Flips, mcnemar, share_difference, tango
-from training.metrics import Array, Figure, Sample, Unsupported
-
-MARGIN = 0.02
-"""Of AUROC, and of recall on flipped rows: what a candidate may lose to the live probe."""
-_MOST_ROWS = 1_000_000
-
-
-class Verdict(enum.StrEnum):
-    PASS = "PASS"  # noqa: S105 - not a password
-    INCONCLUSIVE = "INCONCLUSIVE"
-    STALE = "THRESHOLD STALE"
-    DEGRADED = "DEGRADED"
-
-
-EXIT_CODE = {Verdict.PASS: 0, Verdict.STALE: 10, Verdict.DEGRADED: 11, Verdict.INCONCLUSIVE: 12}
-# The worst of the checks is the gate's: a new threshold does not mend a probe that ranks worse.
-_SEVERITY = list(Verdict)
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """The frozen rows, and what each judge says of them; all arrays (n,), in the same order.
-
-    labels: 1 harmful, 0 harmless; groups: rows that belong together; candidate, live: served values; floor: of the
-    text floor, fitted on the candidate's training rows; None: there is none to compare with
-    textless: nor can there be: it goes on from the live probe by features, without any text
-    noise: largest difference of a value between two runs
-    """
-
-    labels: npt.NDArray[np.int64]
-    groups: Sequence[str]
-    candidate: Array
-    threshold: float
-    target_fpr: float
-    live: Array | None = None
-    live_threshold: float | None = None
-    floor: Array | None = None
-    noise: float = 0.0
-    textless: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """figure: None where the rows can't support one; wanted: of its interval; note: what follows"""
-
-    name: str
-    figure: Figure | None
-    wanted: str
-    verdict: Verdict
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    verdict: Verdict
-    checks: tuple[Check, ...]
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_CODE[self.verdict]
+from training.checks import MARGIN, MOST_ROWS, SEVERITY, Check, Decision, Evidence, Verdict
+from training.metrics import Figure, Sample, Unsupported
+from training.recall import recall
 
 
 def decide(evidence: Evidence) -> Decision:
@@ -85,8 +21,7 @@ def decide(evidence: Evidence) -> Decision:
     checks = [_false_positives(e)]
     if e.live is not None:
         checks.append(_difference("AUROC - live's", candidate, Sample.of(e.live, e.labels, e.groups), -MARGIN))
-        if e.live_threshold is not None:
-            checks.append(_recall(e, e.live, e.live_threshold))
+        checks.append(recall(e, e.live, e.live_threshold))
     if e.floor is None and e.textless and e.live is not None:
         pass  # the live probe was held to it
     elif e.floor is None:
@@ -94,7 +29,7 @@ def decide(evidence: Evidence) -> Decision:
         checks.append(Check("AUROC - text floor's", None, "above 0", Verdict.INCONCLUSIVE, note))
     else:
         checks.append(_difference("AUROC - text floor's", candidate, Sample.of(e.floor, e.labels, e.groups), 0.0))
-    return Decision(max((c.verdict for c in checks), key=_SEVERITY.index), tuple(checks))
+    return Decision(max((c.verdict for c in checks), key=SEVERITY.index), tuple(checks))
 
 
 def _false_positives(e: Evidence) -> Check:
@@ -137,7 +72,7 @@ def benign_rows_needed(rate: float, n: int, target_fpr: float) -> int | None:
     None if a million don't."""
     from scipy.stats import beta
 
-    total = np.unique(np.geomspace(n + 1, max(n + 2, _MOST_ROWS), 4000).astype(np.int64))
+    total = np.unique(np.geomspace(n + 1, max(n + 2, MOST_ROWS), 4000).astype(np.int64))
     hits = np.rint(rate * total)
     # Clopper and Pearson's ends; of no hits, and of nothing but hits, the beta distribution has none.
     low = np.where(hits == 0, 0.0, beta.ppf(0.025, np.maximum(hits, 1), total - hits + 1))
@@ -161,53 +96,5 @@ def _difference(name: str, candidate: Sample, other: Sample, edge: float) -> Che
     width = figure.value - figure.low if away > 0 else figure.high - figure.value
     # An interval narrows with the square root of the rows.
     more = figure.n * ((width / away) ** 2 - 1) if away else float("inf")
-    note = "it lies on the edge: more rows won't tell" if more > _MOST_ROWS else f"about {round(more)} more rows needed"
+    note = "it lies on the edge: more rows won't tell" if more > MOST_ROWS else f"about {round(more)} more rows needed"
     return Check(name, figure, wanted, Verdict.INCONCLUSIVE, note)
-
-
-def _recall(e: Evidence, live: Array, live_threshold: float) -> Check:
-    """Harmful rows that only one of the two flags, each at its threshold."""
-    name, wanted = "recall - live's", f"above {-MARGIN:g}"
-    harmful = np.flatnonzero(e.labels == 1)
-    groups = [e.groups[i] for i in harmful]
-    ours, theirs = e.candidate[harmful] > e.threshold, live[harmful] > live_threshold
-    flips = mcnemar(ours, theirs)
-    note = (
-        f"{ours.mean():.1%} of {len(ours)} harmful rows, live {theirs.mean():.1%}; {flips.only_one} rows won, "
-        f"{flips.only_other} lost, McNemar p = {flips.p:.2g}"
-    )
-    if e.threshold == live_threshold and np.array_equal(e.candidate, live):
-        return Check(name, Figure(0.0, 0.0, 0.0, len(ours)), wanted, Verdict.PASS, "the same judge of every row")
-    try:
-        figure = share_difference(ours, theirs, groups)
-    except Unsupported as error:
-        return Check(name, None, wanted, Verdict.INCONCLUSIVE, f"{note}; {error}")
-    # Beyond the margin as it was seen, and a loss for sure: a candidate that blocks less need not be proven far worse.
-    if figure.value < -MARGIN and figure.high < 0 and flips.p < 0.05:
-        return Check(name, figure, wanted, Verdict.DEGRADED, note)
-    if figure.low > -MARGIN:
-        return Check(name, figure, wanted, Verdict.PASS, note)
-    return Check(name, figure, wanted, Verdict.INCONCLUSIVE, f"{note}; {_more_harmful(flips, figure)}")
-
-
-def _more_harmful(flips: Flips, seen: Figure) -> str:
-    more = harmful_rows_needed(flips.only_one, flips.only_other, seen.n)
-    if more == 0:
-        return "rows that share groups leave it open: add others"
-    return "it lies on the edge: more rows won't tell" if more is None else f"about {more} more harmful rows needed"
-
-
-def harmful_rows_needed(won: int, lost: int, n: int) -> int | None:
-    """How many harmful rows more settle the check of the recall, if both shares stay what they were over n; None if a
-    million don't."""
-    value = (won - lost) / n
-    if value == -MARGIN:
-        return None
-
-    def settled(total: int) -> bool:
-        low, high = tango(won * total / n, lost * total / n, total)
-        return low > -MARGIN if value > -MARGIN else high < 0
-
-    totals = np.unique(np.geomspace(n, max(n + 2, _MOST_ROWS), 4000).astype(np.int64)).tolist()
-    place = bisect.bisect_left(totals, True, key=settled)
-    return totals[place] - n if place < len(totals) else None

@@ -20,6 +20,7 @@ Metric = Callable[[Array, Array], Array]
 MIN_GROUPS = 10
 """Of each label. Fewer, and a bootstrap interval is narrower than it says."""
 LOW_FPR = (1e-3, 1e-1)
+_ROUNDING = 1e-9
 _CHUNK = 100  # draws at once: 8 MB for 10,000 rows
 
 
@@ -138,6 +139,23 @@ def log_auroc(harmful: Array, harmless: Array) -> Array:
     return area
 
 
+def recall_at(rate: float) -> Metric:
+    """Recall at the lowest threshold that flags at most `rate` of the harmless mass; 0 if none does."""
+
+    def recall(harmful: Array, harmless: Array) -> Array:
+        caught = harmful.cumsum(-1) / harmful.sum(-1, keepdims=True)
+        flagged = harmless.cumsum(-1) / harmless.sum(-1, keepdims=True)
+        best: Array = np.where(flagged <= rate + _ROUNDING, caught, 0.0).max(-1)
+        return best
+
+    return recall
+
+
+def threshold_at(harmless: Array, rate: float) -> float:
+    """The lowest value of a harmless row above which at most `rate` of them lie. harmless: (n,) with n > 0"""
+    return float(np.sort(harmless)[::-1][min(len(harmless) - 1, int(rate * len(harmless) + _ROUNDING))])
+
+
 def interval(metric: Metric, sample: Sample, rounds: int = 1000, seed: int = 0) -> Figure:
     """A metric with its percentile bootstrap over groups. raises: Unsupported"""
     value = float(metric(*sample.masses()))
@@ -154,15 +172,23 @@ def paired(metric: Metric, one: Sample, other: Sample, rounds: int = 1000, seed:
 
     raises: Unsupported; ValueError if the rows are not the same
     """
-    if not (np.array_equal(one.labels, other.labels) and np.array_equal(one.groups, other.groups)):
-        raise ValueError("a paired comparison needs two scores of the same rows, in the same order")
+    low, high = draws_of_difference(metric, one, other, rounds, seed)
     value = float(metric(*one.masses()) - metric(*other.masses()))
-    drawn = [metric(*one.masses(w)) - metric(*other.masses(w)) for w in one.draws(rounds, seed)]
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5]).tolist()
     if low == high and not np.array_equal(_ranks(one.values), _ranks(other.values)):
         room = 1 - _seen_perfect(metric, one)  # they order all these pairs alike, and differ all the same
         low, high = low - room, high + room
     return Figure(value, low, high, len(one.values))
+
+
+def draws_of_difference(
+    metric: Metric, one: Sample, other: Sample, rounds: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of `paired`'s draws alone: no width where no draw differs. raises: as `paired`"""
+    if not (np.array_equal(one.labels, other.labels) and np.array_equal(one.groups, other.groups)):
+        raise ValueError("a paired comparison needs two scores of the same rows, in the same order")
+    drawn = [metric(*one.masses(w)) - metric(*other.masses(w)) for w in one.draws(rounds, seed)]
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5]).tolist()
+    return low, high
 
 
 def _seen_perfect(metric: Metric, sample: Sample) -> float:

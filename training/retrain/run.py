@@ -22,10 +22,10 @@ from monitor.types import Phase
 from probes_store import promote as promoting
 from probes_store.card import Card, DataFile
 from probes_store.store import Store, StoredProbe, model_slug
+from training.checks import EXIT_CODE, Verdict
 from training.data import EVALUATE_ONLY, Row, same_text
 from training.fit import Array
 from training.frozen import Report, compare, frozen_rows, must_match, refuse_fitted
-from training.gate import EXIT_CODE, Verdict
 from training.load import read_rows, stem
 from training.retrain.beside import Beside, widened
 from training.retrain.candidate import Made, Start, make, start_of
