@@ -204,6 +204,21 @@ def test_the_shelf(both):
     assert newest["metrics"] == {} and len(newest["sha256"]) == 64
 
 
+def test_a_probe_that_starts_idle_is_on_the_shelf_and_can_be_promoted(both, tiny):
+    publish(tiny, both.store, 1.0, name="beard", starts="idle")
+    beard, hair = both.admin("GET", "probes").json()["probes"]
+    assert [beard[k] for k in ("name", "live", "previous", "candidate", "serves", "missing")] == [
+        "beard", None, None, None, None, False,
+    ]  # fmt: skip
+    assert [(v["version"], v["live"]) for v in beard["versions"]] == [("v1", False)] and hair["live"] == "v1"
+    tried = both.admin("POST", "probes/beard/shadow", json={"version": "v1"})
+    assert (tried.status_code, "no version of 'beard' is live" in tried.text) == (422, True)
+    promoted = both.admin("POST", "probes/beard/promote", json={"version": "v1", "instead_of": None})
+    assert promoted.json() == {"probe": "beard", "live": "v1", "previous": None}
+    beard, _ = both.admin("GET", "probes").json()["probes"]
+    assert (beard["live"], beard["serves"]) == ("v1", "v1") and "beard" in live(both)
+
+
 @pytest.mark.parametrize("fault", ["refused", "missing"])
 def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fault):
     """It opens whatever live.json names, so that one can roll back."""

@@ -125,3 +125,16 @@ def test_one_poll_that_fails_does_not_end_the_polling(port, page):
     page.until("document.querySelector('.training [role=alert]')?.innerText.includes('does not answer')")
     training(port, "done", exit_code=0)
     page.until("document.getElementById('toast').innerText.includes('The training is done')")
+
+
+def test_a_probe_that_starts_idle_can_be_promoted(port, page):
+    port.probes.live = port.probes.candidate = None
+    on_probes(port, page)
+    card(page, "In the store, and not served")
+    words = page.run("[...document.querySelectorAll('.card button')].map((b) => b.innerText)")
+    assert words == ["Promote", "Promote"], "there is nothing to retrain from, or to run beside"
+    press_button(page, "Promote")
+    page.until("document.querySelector('dialog[open]').innerText.includes('none has served before it')")
+    page.press("Enter")
+    card(page, "v2 live")
+    assert "idle" not in page.text(".card")

@@ -38,6 +38,7 @@ class Shelf:
 
     def describe(self) -> dict[str, Any]:
         """live, candidate: what live.json names, and missing if the store lacks it; serves, tries: what runs here.
+        live is None of a probe that starts idle, until it is promoted.
 
         Reads files and the log. raises: ConfigInvalid if live.json is damaged
         """
@@ -47,7 +48,8 @@ class Shelf:
         serves, tries = ({p.card.name: p.card.version for p in served if p.candidate is on} for on in (False, True))
         standings = self._standings()
         probes = []
-        for name, version in live.items():
+        for name in self._store.probes(self._slug):
+            version = live.get(name)
             versions = [self._version(name, v, version, candidates.get(name)) for v in self._newest_first(name)]
             since = self.since(name)
             probes.append(
@@ -56,7 +58,7 @@ class Shelf:
                     "live": version,
                     "previous": chosen.get(f"{self._slug}/{name}{PREVIOUS}"),
                     "candidate": candidates.get(name),
-                    "missing": version not in self._store.versions(self._slug, name),
+                    "missing": version is not None and version not in self._store.versions(self._slug, name),
                     "serves": serves.get(name),
                     "tries": tries.get(name),
                     "backlog": len(self._labels(since)),
@@ -97,7 +99,7 @@ class Shelf:
     def _newest_first(self, probe: str) -> list[str]:
         return list(reversed(self._store.versions(self._slug, probe)))
 
-    def _version(self, name: str, version: str, live: str, candidate: str | None) -> dict[str, Any]:
+    def _version(self, name: str, version: str, live: str | None, candidate: str | None) -> dict[str, Any]:
         marks = {"version": version, "live": version == live, "candidate": version == candidate}
         try:
             stored = self._store.load(self._slug, name, version)

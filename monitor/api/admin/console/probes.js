@@ -76,11 +76,11 @@ function card(probe, load, follow, home) {
   const swap = (verb, words, path, body) => () => ask(`${verb}?`, words, verb, done(() => post(`/admin/probes/${name}/${path}`, { ...body, instead_of: probe.live }), told), home);
   const rollback = probe.previous && probe.previous !== probe.live ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
     `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", { to: probe.previous })) : null;
-  const retrain = button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
+  const retrain = probe.live === null ? null : button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
     "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun"), home));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
   return h("article", { class: "card", tabindex: "-1", "data-probe": probe.name, "aria-label": probe.name },
-    h("div", { class: "line" }, h("h2", null, probe.name), probe.serves ? h("span", { class: "tag" }, `${probe.serves} live`) : null,
+    h("div", { class: "line" }, h("h2", null, probe.name), probe.serves ? h("span", { class: "tag" }, `${probe.serves} live`) : null, probe.live === null ? h("span", { class: "tag" }, "idle") : null,
       probe.tries ? h("span", { class: "tag shadow" }, `${probe.tries} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
     unlike(probe), needed(probe), ...(probe.thresholds ?? []).map(standing),
     table(`Versions of ${probe.name}`, ["version", "state", "created", "kind", "layers", "labels", "gate", "figures", "sha256", ""], rows, { class: "stack" }));
@@ -97,7 +97,13 @@ function unlike(probe) {
   return words.filter(Boolean).map((line) => h("p", { class: "bad standing" }, line));
 }
 
+/** What a promoted version comes in place of. */
+function instead(probe) {
+  return probe.live === null ? ", in shadow unless the policy asks for more; none has served before it" : `, in place of ${probe.live}, which is kept to roll back to`;
+}
+
 function needed(probe) {
+  if (probe.live === null) return h("p", { class: "needed soft" }, "In the store, and not served: promote a version to have it scored.");
   if (!known(probe.needed)) return null;
   const words = probe.needed > 0 ? `${count(probe.needed)} more requests are needed to certify a threshold on this traffic` : "enough traffic to certify a threshold";
   return h("p", { class: "needed" }, h("span", null, h("b", null, `${count(probe.backlog)} labels`), " since the newest version"), h("span", { class: "soft" }, words),
@@ -120,9 +126,9 @@ function versionRow(probe, version, swap) {
   const state = version.damaged ? h("span", { class: "bad" }, `damaged: ${version.damaged}`) : version.version === probe.serves ? "live" : version.version === probe.tries ? "in shadow"
     : version.live || version.candidate ? h("span", { class: "bad" }, `chosen, does not ${version.live ? "serve" : "run"}`) : "";
   const acts = version.live || version.damaged ? [] : [
-    button("Promote", swap(`Promote ${version.version}`, `${probe.name} ${version.version} serves every new request at once, in place of ${probe.live}, which is kept to roll back to.`,
+    button("Promote", swap(`Promote ${version.version}`, `${probe.name} ${version.version} serves every new request at once${instead(probe)}.`,
       "promote", { version: version.version })),
-    version.candidate
+    probe.live === null ? null : version.candidate
       ? button("Stop shadow", swap("Stop the shadow", `${version.version} is no longer scored beside ${probe.live}.`, "shadow", { version: null }), { class: "quiet" })
       : button("Shadow", swap(`Run ${version.version} in shadow`, `${version.version} is scored beside ${probe.live} and only counted: it flags and blocks nothing.`, "shadow", { version: version.version }), { class: "quiet" })];
   return [h("b", null, version.version), state, version.created ? created(version.created) : "–", version.kind ?? "–", (version.layers ?? []).join(", "), { n: known(version.labels) ? count(version.labels) : "–" },
