@@ -42,6 +42,8 @@ class Ledger:
         return positions
 
     def miss(self, positions: list[int], cause: Cause) -> None:
+        if not positions:
+            return
         self._causes[cause] += len(positions)
         self._n_bad_prompt += sum(1 for p in positions if p < self.n_prompt)
         self._n_bad += len(positions)

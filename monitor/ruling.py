@@ -11,7 +11,7 @@ import numpy.typing as npt
 from monitor.policy.rule import Rule, Second, ends, worst
 from monitor.question import Missing, Question
 from monitor.track import AnswerTracks, AnyTrack, PromptTrack, drawn, shown
-from monitor.types import Action, Escalation, Phase, ProbeReading, Prompt, Scores, Turn
+from monitor.types import Action, Escalation, Phase, ProbeReading, Prompt, Scores, Turn, is_candidate
 
 
 class Ruling:
@@ -68,7 +68,8 @@ class Ruling:
             return
         track.stop()
         track.action = worst([track.action, Action.UNMONITORED])
-        self.verdict = worst([self.verdict, Action.UNMONITORED])
+        if not is_candidate(track.rule.probe):
+            self.verdict = worst([self.verdict, Action.UNMONITORED])
         if ends(track.rule, Action.UNMONITORED):
             self._stop(max(mine[0], self._n_prompt))
 
@@ -112,7 +113,7 @@ class Ruling:
                 self.escalations.append(question.decide(track, self._second, second, missing))
                 if ends(track.rule, track.action):
                     self._stop(question.position)
-        self.verdict = worst([t.action for t in self._tracks])
+        self.verdict = worst([t.action for t in self._tracks if not is_candidate(t.rule.probe)])
         self._ask(question.position)
 
     # --- out ---------------------------------------------------------------------------------------------------------

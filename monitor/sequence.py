@@ -31,6 +31,7 @@ from monitor.types import (
     Record,
     ScoredBy,
     Scores,
+    is_candidate,
 )
 
 
@@ -67,6 +68,9 @@ class Watch:
         self._second = second or Second()
         self._ruling = Ruling(prompt, rules, self._second)
         self._width = max((r.column + r.n_columns for r in rules), default=1)
+        # A version on trial is no reason to call a token unmonitored: its own reading says what it lacks.
+        own = {c for r in rules if not is_candidate(r.probe) for c in range(r.column, r.column + r.n_columns)}
+        self._own = sorted(own) or list(range(self._width))
         self._ledger = Ledger(self.n_prompt, self._width)
         self._waits, self._clock, self._chance = Waits(), clock, chance
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
@@ -187,7 +191,8 @@ class Watch:
         ruling, finite = self._ruling, np.isfinite(rows)
         whole = np.asarray(finite.all(axis=1))
         if not whole.all():
-            self._ledger.miss([first + int(i) for i in np.flatnonzero(~whole)], "not_finite")
+            missed = np.flatnonzero(~finite[:, self._own].all(axis=1))
+            self._ledger.miss([first + int(i) for i in missed], "not_finite")
             ruling.lose_scores(first, finite[: max(0, self.n_prompt - first)])
         if not self._prompt_done and self.n_scored >= self.n_prompt:
             self._judge_prompt()

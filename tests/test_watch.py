@@ -1,6 +1,7 @@
 """Watch: coverage adds up (T2), nothing unjudged is released, a missing score is never an allow."""
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -100,6 +101,22 @@ def test_positions_outside_the_turns_do_not_count():
     watch.advance(0, rows(24874, 99, 99, 1, 2, 99), 1)
     reading = watch.readings()[0]
     assert (reading.value, reading.peak_position, watch.verdict) == (2.0, 4, Action.ALLOW)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_candidate_without_a_score_changes_no_verdict(at):
+    """A version on trial: its reading says that it has no value, and nothing else is any different."""
+    trial = [replace(r, probe="p0@v2") for r in both(mode=Mode.SHADOW, column=1)]
+    scores = np.zeros((8, 2), np.float32)
+    scores[at, 1] = np.nan
+    watch = Watch(prompt(4), [*both(), *trial])
+    judged = generate(watch, scores, 5)
+    assert judged[-1].finish == "length" and watch.verdict is Action.ALLOW
+    assert (watch.coverage.unmonitored, dict(watch.coverage.causes)) == (0, {})
+    found = {(r.probe, r.phase): (r.action, r.value is None) for r in watch.readings()}
+    broken = Phase.PROMPT if at < 4 else Phase.RESPONSE
+    assert found.pop(("p0@v2", broken)) == (Action.UNMONITORED, True)
+    assert set(found.values()) == {(Action.ALLOW, False)}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
