@@ -48,6 +48,13 @@ def both(tiny, tmp_path):
     one.stop()
 
 
+def choose(both, text):
+    """Write live.json as everybody should: whole, or a server that looks meanwhile finds half of it."""
+    path = both.store.overlay / "live.json"
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
 def live(both):
     """version of each probe in service"""
     found = both.admin("GET", "policy").json()["policies"]["blocks"]["rules"]["chat"]
@@ -99,12 +106,12 @@ def test_a_set_that_does_not_verify_is_refused_and_the_old_one_stays(both, tiny,
         path = both.store.overlay / MODEL / "hair" / "v4" / "probe.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\1")
     text = json.dumps({f"{MODEL}/hair": "v4"})
-    (both.store.overlay / "live.json").write_text(text[:-1] if fault == "live.json" else text)
+    choose(both, text[:-1] if fault == "live.json" else text)
     until(lambda: reloads(both, "refused") == 1)
     assert live(both) == {"hair": ("v1", "block")} and both.ask().status_code == 400
     assert both.said[-1].startswith("probes: refused, the old ones stay: ")
     assert reloads(both, "loaded") == 0
-    (both.store.overlay / "live.json").write_text(json.dumps({f"{MODEL}/hair": "v2"}))  # and it goes on from there
+    choose(both, json.dumps({f"{MODEL}/hair": "v2"}))  # and it goes on from there
     until(lambda: reloads(both, "loaded") == 1)
     assert reloads(both, "refused") == 1 and both.ask().status_code == 200
 
@@ -225,7 +232,7 @@ def test_the_shelf_tells_what_serves_beside_what_live_json_names(both, tiny, fau
     publish(tiny, both.store, 2.0, template_hash="f" * 64)
     named = "v4" if fault == "refused" else "v9"
     chosen = {"hair": named, "hair@previous": "v1", "hair@candidate": "v4"}
-    (both.store.overlay / "live.json").write_text(json.dumps({f"{MODEL}/{k}": v for k, v in chosen.items()}))
+    choose(both, json.dumps({f"{MODEL}/{k}": v for k, v in chosen.items()}))
     until(lambda: reloads(both, "refused") == 1)
     (hair,) = both.admin("GET", "probes").json()["probes"]
     assert {k: hair[k] for k in ("live", "missing", "serves", "tries", "previous")} == {
