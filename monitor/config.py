@@ -18,11 +18,17 @@ DEMO_MODEL = "smollm2-135m-instruct"
 
 
 def state_dir() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local/state")) / "midstream"
+    return _base("XDG_STATE_HOME", ".local/state") / "midstream"
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "midstream"
+    return _base("XDG_CACHE_HOME", ".cache") / "midstream"
+
+
+def _base(variable: str, default: str) -> Path:
+    """As the XDG specification has it: an empty or relative path is as if none were given."""
+    given = os.environ.get(variable, "")
+    return Path(given) if os.path.isabs(given) else Path.home() / default
 
 
 class Settings(BaseSettings):

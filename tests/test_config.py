@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from monitor.config import DEMO_MODEL, Settings, load_settings
+from monitor.config import DEMO_MODEL, Settings, cache_dir, load_settings, state_dir
 from monitor.errors import ConfigInvalid
 from monitor.types import Mode, Phase
 
@@ -24,6 +24,16 @@ def yaml(tmp_path):
         return path
 
     return write
+
+
+@pytest.mark.parametrize("given", ["", "here", "./cache"])
+def test_an_empty_or_relative_base_folder_is_none(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(variable, given)
+    assert (cache_dir(), state_dir()) == (tmp_path / ".cache/midstream", tmp_path / ".local/state/midstream")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert cache_dir() == tmp_path / "c/midstream"
 
 
 @pytest.mark.parametrize(
