@@ -68,9 +68,7 @@ class Watch:
         self._second = second or Second()
         self._ruling = Ruling(prompt, rules, self._second)
         self._width = max((r.column + r.n_columns for r in rules), default=1)
-        # A version on trial is no reason to call a token unmonitored: its own reading says what it lacks.
-        own = {c for r in rules if not is_candidate(r.probe) for c in range(r.column, r.column + r.n_columns)}
-        self._own = sorted(own) or list(range(self._width))
+        self._rules = rules
         self._ledger = Ledger(self.n_prompt, self._width)
         self._waits, self._clock, self._chance = Waits(), clock, chance
         self._ending: FinishReason | None = None  # the engine's reason to end, while a question is open
@@ -191,7 +189,10 @@ class Watch:
         ruling, finite = self._ruling, np.isfinite(rows)
         whole = np.asarray(finite.all(axis=1))
         if not whole.all():
-            missed = np.flatnonzero(~finite[:, self._own].all(axis=1))
+            # A version on trial is no reason to call a token unmonitored: its own reading says what it lacks.
+            own = [r for r in self._rules if not is_candidate(r.probe)]
+            columns = [c for r in own or self._rules for c in range(r.column, r.column + r.n_columns)]
+            missed = np.flatnonzero(~(finite[:, columns] if columns else finite).all(axis=1))
             self._ledger.miss([first + int(i) for i in missed], "not_finite")
             ruling.lose_scores(first, finite[: max(0, self.n_prompt - first)])
         if not self._prompt_done and self.n_scored >= self.n_prompt:
