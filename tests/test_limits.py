@@ -333,10 +333,11 @@ def test_a_rate_for_each_key(tmp_path):
 
     file = tmp_path / "keys.yaml"
     one, two = create_key(file, "one"), create_key(file, "two")
-    with web(keys=str(file), rate_per_key="5/minute") as server:
+    # A day: the limit slides, so a slow machine that crosses a minute's end would find room for one more.
+    with web(keys=str(file), rate_per_key="5/day") as server:
         got = [server.post({}, headers={"Authorization": f"Bearer {one}"}) for _ in range(8)]
         assert [r.status_code for r in got] == [200] * 5 + [429] * 3
-        assert all(1 <= int(r.headers["retry-after"]) <= 60 for r in got[5:])
+        assert all(1 <= int(r.headers["retry-after"]) <= 86400 for r in got[5:])
         assert got[-1].json()["error"]["code"] == "rate_limited"
         assert server.post({}, headers={"Authorization": f"Bearer {two}"}).status_code == 200
         assert [httpx.get(server.url + "/health").status_code for _ in range(10)] == [200] * 10
