@@ -26,8 +26,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from monitor.config import DEMO_MODEL, cache_dir
 from monitor.engines.embedded.model import load_model
 from monitor.probe import ProbeWeights
+from probes_store.store import Store
 from tests.bench.pairs import measure, say, verdict
-from tests.conftest import calibrated
+from tests.conftest import calibrated, make_card
 from tests.vllm.conftest import Harness, make_plan
 
 CAP_S = float(os.environ.get("CAP_S", "240"))
@@ -51,13 +52,17 @@ class Plain(Harness):
 def plan_with(model, n_probes):
     torch.manual_seed(0)
     layer = model.n_layers // 2
-    probes = [
-        (ProbeWeights(f"p{i}", {layer: torch.randn(model.d_model) / 24}, 0.0), {"calibration": calibrated(1e6, n=4000)})
-        for i in range(n_probes)
-    ]
-    modes = {f"p{i}": {"prompt": "block", "response": "block"} for i in range(n_probes)}
+    # The first takes the shipped probe's place, so that there are as many as said.
+    names = ["harmful-intent", *(f"p{i}" for i in range(1, n_probes))]
+    probes = [ProbeWeights(name, {layer: torch.randn(model.d_model) / 24}, 0.0) for name in names]
+    changes = {"calibration": calibrated(1e6, n=4000)}
     folder = Path(tempfile.mkdtemp())
-    return make_plan(model, folder, probes, ARGUMENTS, modes=modes, dtype="float32", target_fpr=0.4)
+    Store(folder).publish(make_card(model, probes[0], **changes), probes[0].weight, probes[0].bias)
+    modes = {name: {"prompt": "block", "response": "block"} for name in names}
+    others = [(probe, changes) for probe in probes[1:]]
+    made = make_plan(model, folder, others, ARGUMENTS, modes=modes, dtype="float32", target_fpr=0.006 * n_probes)
+    assert [p.shipped for p in made.live.probes] == [False] * n_probes
+    return made
 
 
 def prompts(model, n):
