@@ -14,7 +14,7 @@ from monitor.probe import ProbeWeights
 from monitor.types import Phase
 from probes_store.base import load_base
 from probes_store.store import Store
-from training.data import LOOKALIKES, PAIRS, Row, read_jsonl, unique
+from training.data import LOOKALIKES, PAIRS, TWINS, Row, read_jsonl, unique
 from training.forms import LONGEST, reformed
 from training.lint import lint
 from training.recipe import Recipe, gather
@@ -23,14 +23,19 @@ from training.run import train
 from training.transforms import TRANSFORMS, transformed
 
 
-def test_our_look_alikes_are_pairs_that_words_and_length_tell_little_of():
-    rows, _ = read_jsonl(LOOKALIKES)
+@pytest.mark.parametrize("file", [LOOKALIKES, TWINS])
+def test_our_look_alikes_are_pairs_that_words_and_length_tell_little_of(file):
+    rows, _ = read_jsonl(file)
     assert Counter(Counter(r.group for r in rows).values()) == {2: len(rows) // 2} and len(rows) >= 700
     assert {tuple(sorted(r.label for r in rows if r.group == g)) for g in {r.group for r in rows}} == {(0, 1)}
-    assert len(unique([*rows, *read_jsonl(PAIRS)[0]])) == len(rows) + len(read_jsonl(PAIRS)[0]), "none is in both files"
-    report = lint([LOOKALIKES])
+    report = lint([file])
     assert report.findings == ()
     assert report.figures["tfidf_auroc"] < 0.8 and report.figures["length_auroc"] < 0.6
+
+
+def test_no_text_of_ours_is_in_two_files():
+    files = [read_jsonl(file)[0] for file in (PAIRS, LOOKALIKES, TWINS)]
+    assert len(unique([row for rows in files for row in rows])) == sum(map(len, files))
 
 
 def test_a_copy_has_another_form_and_all_else_of_its_row():

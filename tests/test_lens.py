@@ -263,6 +263,13 @@ def test_without_matplotlib_the_remedy_is_named(tiny, tmp_path, monkeypatch):
         lens_png(logit_lens(tiny, chat(tiny, "x"), last=2), tmp_path / "x.png", "x")
 
 
+@pytest.mark.parametrize("top", [1e-3, 0.81, 0.95, 1.0, 3.0, 8.0, 8.5, 9.99, 10.0, 123.0])
+def test_a_chart_has_some_ticks_whatever_its_range(top):
+    for low in (0.0, -top):
+        shown = [t for t in Reader(line_chart("", {"a": [(0, low), (1, top)]}, "", "")).text if t.strip()]
+        assert 4 + 2 <= len(shown) <= 2 * 9 + 1, shown
+
+
 def test_charts_and_tables_of_odd_numbers():
     series = {"a, validation": [(1, 0.5), (2, float("nan"))], "a, training": [(1, 2.0)], "<b>": []}
     chart = line_chart("curves <i>", series, "epoch", "loss")

@@ -13,8 +13,10 @@ import time
 import httpx
 import pytest
 
+from monitor.cli import observer as cli_observer
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
+from monitor.errors import MidstreamError
 from monitor.traffic import find_records
 from probes_store import promote as promoting
 from probes_store.store import Store
@@ -56,8 +58,7 @@ def upstream():
 @pytest.fixture(scope="module")
 def config(tiny_folder, tmp_path_factory):
     path = settings(tiny_folder, tmp_path_factory.mktemp("versions"))
-    built = build(path)
-    assert built.returncode == 0, built.stderr
+    cli_observer.build(config=path)
     return path
 
 
@@ -145,5 +146,5 @@ def test_other_versions_are_built_shadowed_promoted_and_rolled_back(proxy, confi
 
 
 def test_a_version_that_is_not_there_is_said(config):
-    refused = build(config, "--probe", "star@v9")
-    assert refused.returncode == 2 and "star@v9" in refused.stderr and "in the store" in refused.stderr
+    with pytest.raises(MidstreamError, match=r"star@v9.*in the store"):
+        cli_observer.build(config=config, probe=["star@v9"])

@@ -19,9 +19,11 @@ PAIRS = Path(__file__).parent / "pairs.jsonl"
 LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
 """More of them, that share topic and words: figures of speech, history, fiction, the defender's side. A file of its
 own, so that what was trained on the first one can still be trained again."""
+TWINS = Path(__file__).parent / "twins.jsonl"
+"""More again, whose halves differ in what is asked for and little else."""
 ANSWERS = Path(__file__).parent / "answers.jsonl"
 """What SmolLM2-135M-Instruct answered to harmless requests that look harmful: its own words, harmless, often wrong."""
-OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES, "answers": ANSWERS}
+OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES, "twins": TWINS, "answers": ANSWERS}
 """By the name that a recipe gives them."""
 
 EVALUATE_ONLY = frozenset(

@@ -186,6 +186,6 @@ def _ticks(low: float, high: float) -> list[float]:
     if not span > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(span))
-    step = next(power * s for s in (0.1, 0.2, 0.25, 0.5, 1) if span / (power * s) <= 8)
+    step = next(power * s for s in (0.1, 0.2, 0.25, 0.5, 1, 2) if span / (power * s) <= 8)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -52,8 +52,9 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """file: as training.load reads it, or `pairs`, `lookalikes`, `answers` for our own; label: only rows of that label
-    split: only rows of that split; each: rows of a group and label at most; limit: rows taken; weight: of each row
+    """file: as training.load reads it, or `pairs`, `lookalikes`, `twins`, `answers`, which are our own
+    label: only rows of that label; split: only rows of that split; each: rows of a group and label at most
+    limit: rows taken; weight: of each row
 
     made: pairs made by rule out of each row, with the concept (label 1) and as it is (0)
     answers: the label is about each row's `response`, not about its `text`
