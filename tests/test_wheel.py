@@ -25,7 +25,8 @@ def wheel(tmp_path_factory):
 
 def test_it_holds_the_shipped_probes_and_pairs_and_nothing_else_of_ours(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for probe in ("harmful-intent/v1", "harmful-intent/v2", "harmful-intent/v3", "harmful-answer/v1", "caps/v1", "html/v1"):
+    intents = [f"harmful-intent/v{version}" for version in (1, 2, 3)]
+    for probe in (*intents, "harmful-answer/v1", "caps/v1", "html/v1"):
         held = {n.rsplit("/", 1)[-1] for n in names if f"/{probe}/" in n}
         assert {"probe.safetensors", "card.json"} <= held, probe
     ours = {f"training/{name}.jsonl" for name in ("pairs", "lookalikes", "twins", "answers")}
