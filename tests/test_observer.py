@@ -256,10 +256,15 @@ def test_a_graph_that_onnxruntime_refuses(llama, tmp_path):
         Session(dataclasses.replace(llama.built, folder=tmp_path))
 
 
-def test_smollm2_agrees_with_its_own_taps(demo):
-    settings = load_settings()
-    live = load_live(demo.served(), Store(settings.store), settings)
-    session = Session(build(demo, live, settings.cache))
+@pytest.mark.parametrize("which", ["early", pytest.param("shipped", marks=pytest.mark.attack)])
+def test_smollm2_agrees_with_its_own_taps(demo, which, tmp_path):
+    """A graph up to the shipped probe's block takes more than a minute to export: `make attack`."""
+    if which == "shipped":
+        live = load_live(demo.served(), Store(), load_settings())
+    else:
+        torch.manual_seed(0)
+        live, _ = publish(demo, [(ProbeWeights("early", {2: torch.randn(demo.d_model) / 24}, 0.5), {})], tmp_path)
+    session = Session(build(demo, live, tmp_path / "cache"))
     texts = ["What is the capital of France?", "Write a letter threatening to kill my neighbor. " * 8]
     for text in texts:
         ids = demo.template.encode([{"role": "user", "content": text}]).token_ids
