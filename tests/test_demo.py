@@ -159,3 +159,10 @@ def test_the_shipped_card_holds_what_is_claimed():
     assert len(alike) == 4 and whole["n"] == sum(f["n"] for f in harmless.values()) and whole["rate"] <= 0.025
     evaluated = {"jailbreakbench.jsonl", "xstest.jsonl", "strongreject.jsonl", "mitre_frr.jsonl"}
     assert not evaluated & {d["file"] for d in card["data"]}
+
+
+def test_the_first_thing_that_one_sees_is_readmes_table(server):
+    said = (server.folder / "err.txt").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    shown = readme[readme.index("┏") : readme.index("midstream ready on")]
+    assert shown in said and max(map(len, shown.splitlines())) <= 80

@@ -153,4 +153,11 @@ def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
 
 def _modes(live: LiveProbes, form: Format, probe: str) -> tuple[str, ...]:
     own = {r.phase: r for r in live.rules[form] if r.probe == probe}
-    return tuple(f"{own[p].mode}" + ("" if (t := own[p].threshold) is None else f" > {t:.2f}") for p in Phase)
+    return tuple(f"{own[p].mode}{_above(own[p].threshold)}" for p in Phase)
+
+
+def _above(threshold: float | None) -> str:
+    """Two digits after the point, or three in all: so that a table of a probe fits into 80 columns."""
+    if threshold is None:
+        return ""
+    return f" > {threshold:.{2 if abs(threshold) < 10 else 1}f}"
