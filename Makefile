@@ -64,6 +64,7 @@ attack: setup-vllm
 	$(BIN)/python -m pytest -s --attack tests/test_leak.py tests/test_watch.py tests/test_store_hostile.py tests/test_tap.py \
 		tests/test_attacks.py tests/test_schema_fuzz.py tests/test_limits.py tests/test_connection.py tests/test_evasion.py \
 		tests/test_log_kill.py tests/test_log_postgres.py tests/test_upstream_faults.py tests/test_upstream_transformers.py \
+		tests/test_watch_coverage.py tests/test_bodies.py tests/test_upstream_connections.py tests/test_upstream_observer.py \
 		tests/test_upstream_load.py tests/test_poison.py tests/test_certified.py tests/test_loop.py tests/test_observer.py
 	$(BIN)/python -m pytest -s --attack $(VLLM_TESTS)
 

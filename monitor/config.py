@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from monitor.errors import ConfigInvalid
+from monitor.plain_yaml import read_yaml
 from monitor.types import Mode, Phase
 
 PREFIX = "MIDSTREAM_"
@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     observer_lag_tokens: int = Field(256, ge=16)
     """More of them that come while the observer reads what was before: then the fail mode decides."""
     observer_lag_s: float = Field(5.0, gt=0)
-    """For the observer to read `observer_lag_tokens`, or one piece."""
+    """For the observer to read `observer_lag_tokens`, or one piece; a longer prompt has as many times of it."""
     observer_pause_s: float = Field(0.25, gt=0, le=10)
     """Without new text, after which a tail that the tokenizer may still change is read as it is."""
 
@@ -215,7 +215,7 @@ def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
     given = {k: v for k, v in from_file.items() if k not in from_environment}
     given |= {k: v for k, v in arguments.items() if v is not None}
     try:
-        return Settings(**given)
+        settings = Settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -223,15 +223,21 @@ def load_settings(file: Path | None = None, **arguments: Any) -> Settings:
         raise ConfigInvalid(f"setting {key!r}{value}: {first['msg']}") from error
     except ValueError as error:  # pydantic-settings: a variable that is not the JSON it should be
         raise ConfigInvalid(str(error).splitlines()[0]) from error
+    if settings.offender_block_s and settings.offender_limit is None:
+        raise ConfigInvalid(
+            "setting 'offender_block_s' refuses nobody without 'offender_limit'; set that too: the flags and blocks "
+            "that make a key an offender"
+        )
+    return settings
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        data = read_yaml(path.read_bytes())
+    except OSError as error:
         raise ConfigInvalid(f"settings file {str(path)!r} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigInvalid(f"settings file {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigInvalid(f"settings file {str(path)!r} is not YAML: {error}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):

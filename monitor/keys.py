@@ -9,6 +9,7 @@ import hmac
 import os
 import re
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from monitor.errors import ConfigInvalid
+from monitor.plain_yaml import read_yaml
 
 PREFIX = "ms-"
 MAX_KEYS = 1000
@@ -74,14 +76,14 @@ def read_keys(file: Path) -> dict[str, str]:
     """Name -> SHA-256 (hex). Says on stderr if others may read the file. raises: ConfigInvalid"""
     try:
         mode = file.stat().st_mode
-        data = yaml.safe_load(file.read_text())
+        data = read_yaml(file.read_bytes())
     except FileNotFoundError as error:
         remedy = f"make one: midstream key create NAME --keys {file}"
         raise ConfigInvalid(f"keys file {str(file)!r} does not exist; {remedy}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigInvalid(f"keys file {str(file)!r} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigInvalid(f"keys file {str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigInvalid(f"keys file {str(file)!r} is not YAML: {error}") from error
     if mode & 0o077:
         print(f"midstream: keys file {str(file)!r} is open to other users; chmod 600 it", file=sys.stderr)
     return _checked(file, data)
@@ -156,9 +158,28 @@ def _write(file: Path, digests: Mapping[str, str]) -> None:
     text = _HEADER + yaml.safe_dump([{"name": n, "sha256": d} for n, d in digests.items()], sort_keys=False)
     try:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".keys-", delete=False) as new:  # mode 0600
-            new.write(text)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(new.name, file)
+            try:
+                _as_before(file, new.fileno())
+                new.write(text)
+                new.flush()
+                os.fsync(new.fileno())
+                os.replace(new.name, file)
+            except (OSError, ConfigInvalid):
+                os.unlink(new.name)
+                raise
     except OSError as error:
         raise ConfigInvalid(f"keys file {str(file)!r} can't be written: {error.strerror}") from error
+
+
+def _as_before(file: Path, new: int) -> None:
+    """Owner and mode of the old file: root who revokes a key must not take the file from the server. raises:
+    ConfigInvalid"""
+    if not file.exists():
+        return
+    old = file.stat()
+    try:
+        os.fchown(new, old.st_uid, old.st_gid)
+        os.fchmod(new, stat.S_IMODE(old.st_mode))
+    except OSError as error:
+        why = f"can't be replaced by one of the same owner, group and mode: {error.strerror}"
+        raise ConfigInvalid(f"keys file {str(file)!r} {why}; do it as root or as its owner") from error

@@ -20,7 +20,7 @@ from probes_store.store import Store, StoredProbe, model_slug
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a card is compared with."""
+    """What a card is compared with. aliases: other names that it is served under"""
 
     name: str
     fingerprint: str
@@ -28,16 +28,19 @@ class ServedModel:
     d_model: int
     n_layers: int
     template: ChatTemplate
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LiveProbes:
-    """policies: by name, with the file that chooses among them"""
+    """policies: by name, with the file that chooses among them; names: of the served model, its own first, or empty
+    where callers name another one"""
 
     probes: tuple[StoredProbe, ...]
     bank: ProbeBank
     policies: Mapping[str, Policy]
     file: PolicyFile
+    names: tuple[str, ...] = ()
 
     @classmethod
     def under_rules(cls, bank: ProbeBank, rules: Mapping[Format, tuple[Rule, ...]]) -> LiveProbes:
@@ -45,9 +48,13 @@ class LiveProbes:
         return cls((), bank, {"default": Policy(rules)}, PolicyFile("default", Body(), (), ""))
 
     @property
+    def default(self) -> Policy:
+        return self.policies[self.file.name]
+
+    @property
     def rules(self) -> Mapping[Format, tuple[Rule, ...]]:
         """Of the default policy."""
-        return self.policies[self.file.name].rules
+        return self.default.rules
 
     def choose(self, caller: Caller) -> Policy:
         return self.policies[self.file.choose(caller)]
@@ -64,7 +71,12 @@ class LiveProbes:
 
     def under(self, file: PolicyFile) -> LiveProbes:
         """The same probes under another policy. raises: ConfigInvalid if they can't do what it asks"""
+        file = file.serving(self.names)
         return replace(self, policies=resolve(self.probes, file), file=file)
+
+    def called(self, names: tuple[str, ...]) -> LiveProbes:
+        """The same, of a model with these names."""
+        return replace(self, names=names).under(self.file)
 
     def check_canaries(
         self, template: ChatTemplate, score: Callable[[Prompt], Scores], tolerance: float | None = None
@@ -132,7 +144,14 @@ def load_live(
     probes = tuple(store.load(slug, name, version) for name, version in live.items())
     for probe in probes:
         _verify(probe, model)
-    return assemble((*probes, *beside), model.d_model, settings, device, file)
+    return assemble((*probes, *beside), model.d_model, settings, device, file, names_of(model, settings))
+
+
+def names_of(model: ServedModel, settings: Settings) -> tuple[str, ...]:
+    """What requests may call it, its own name first; none in front of an upstream."""
+    if settings.upstream is not None:
+        return ()
+    return tuple(dict.fromkeys((model.name, settings.model, model_slug(model.name), *model.aliases)))
 
 
 def load_candidates(
@@ -159,12 +178,13 @@ def assemble(
     settings: Settings,
     device: str = "cpu",
     file: PolicyFile | None = None,
+    names: tuple[str, ...] = (),
 ) -> LiveProbes:
     """Stack verified probes and resolve their rules. file: the policy, in place of the settings'"""
     weights = [ProbeWeights(p.name, p.weight, p.bias) for p in probes]
     bank = ProbeBank(weights, d_model, device)
-    file = policy_of(settings) if file is None else file
-    return LiveProbes(tuple(probes), bank, resolve(probes, file), file)
+    file = (policy_of(settings) if file is None else file).serving(names)
+    return LiveProbes(tuple(probes), bank, resolve(probes, file), file, names)
 
 
 def _verify(probe: StoredProbe, model: ServedModel) -> None:

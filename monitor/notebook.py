@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +22,23 @@ from monitor.tap import Tap
 from monitor.types import Action, Caller, Prompt, Record, Scores
 from probes_store.store import Store
 
+_PLAIN = (
+    "only plain generation can be watched, one token a step and each sequence by itself: leave out num_beams, "
+    "assistant_model, prompt_lookup_num_tokens, prefill_chunk_size and a cache of an earlier call"
+)
+_MOVES = ("reorder_cache", "crop")
+"""What beam search and drafted tokens call on the cache. Nothing else tells that the rows are another sequence's from
+then on, or a rejected token's."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A sequence of the call at work. ended: generate feeds padding until the whole batch has"""
+
+    watch: Watch
+    rows: list[Scores] = field(default_factory=list)
+    ended: bool = False
+
 
 class Watching:
     """What has been seen so far. One Record for each sequence of each `generate` call, once the call is over.
@@ -32,9 +51,9 @@ class Watching:
         self.records: list[Record] = []
         self.scores: list[Scores] = []
         self._live, self._name, self._eos, self._template = live, model_name, eos_ids, template
-        self._watches: list[Watch] = []
-        self._rows: list[list[Scores]] = []
-        self._ended: list[bool] = []
+        self._seen: list[_Seen] = []
+        self._fed = 0  # columns of the call, padding too
+        self._cache: Any = None
         self._tap = Tap(model, live.bank)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -47,58 +66,78 @@ class Watching:
 
     def close(self) -> None:
         """Take the hooks out and write the records of the last call."""
-        self._finish()
-        for handle in self._handles:
-            handle.remove()
-        self._tap.detach()
+        try:
+            self._finish()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._tap.detach()
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = _input_ids(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if kwargs.get("use_cache") is False and self._watches and ids.shape[1] > 1:
+        if kwargs.get("use_cache") is False and self._seen and ids.shape[1] > 1:
             raise MidstreamError("generate without a cache feeds every token again at each step; leave use_cache on")
         if cache is None or cache.get_seq_length() == 0:
-            self._begin(ids, kwargs.get("attention_mask"))
-        elif ids.shape[0] != len(self._watches):
-            raise MidstreamError("the batch changed within one generate call (beam search?); it can't be watched")
+            self._begin(ids, kwargs.get("attention_mask"), cache)
+        elif ids.shape != (len(self._seen), 1) or cache.get_seq_length() != self._fed:
+            self._refuse()
         self._tap.begin(ids.numel())
 
-    def _begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        self._seen = []  # no record rather than a wrong one
+        raise MidstreamError(_PLAIN)
+
+    def _begin(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> None:
         self._finish()
+        if cache is not None:
+            self._cache = cache
+            for name in _MOVES:
+                setattr(cache, name, self._refuse)
+        # Nobody waits for these tokens, however long a question stays open.
+        second = replace(self._live.default.second, max_held=sys.maxsize)
         for i, row in enumerate(ids):
             kept = row if mask is None else row[mask[i][-len(row) :].bool()]
             tokens = tuple(int(t) for t in kept)
             turns = self._template.turns(tokens)
             prompt = Prompt(tokens, turns, 0, "chat")
-            self._watches.append(Watch(prompt, self._live.rules["chat"]))
-            self._rows.append([])
-            self._ended.append(False)
+            self._seen.append(_Seen(Watch(prompt, self._live.rules["chat"], second)))
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = _input_ids(args, kwargs)
         batch, length = ids.shape
         rows = self._tap.read(batch * length).reshape(batch, length, -1)
         mask = kwargs.get("attention_mask")
-        for i, watch in enumerate(self._watches):
-            if self._ended[i]:
-                continue  # generate feeds padding until the whole batch has ended
+        self._fed += length
+        for i, one in enumerate(self._seen):
+            if one.ended:
+                continue
             mine = rows[i] if mask is None else rows[i][mask[i][-length:].bool().cpu().numpy()]
-            first = sum(map(len, self._rows[i]))
-            self._rows[i].append(mine)
-            answered = first + len(mine) - watch.n_prompt
+            first = sum(map(len, one.rows))
+            one.rows.append(mine)
+            answered = first + len(mine) - one.watch.n_prompt
             # A token that is fed was sampled before; sampling of the next one is not seen here.
-            watch.advance(first, mine, n_new=max(0, min(len(mine), answered)))
-            self._ended[i] = answered > 0 and int(ids[i, -1]) in self._eos
+            one.watch.advance(first, mine, n_new=max(0, min(len(mine), answered)))
+            one.ended = answered > 0 and int(ids[i, -1]) in self._eos
 
     def _finish(self) -> None:
+        # Out of the way first: whatever fails below, the next call starts with nothing of this one.
+        seen, cache, self._seen, self._cache, self._fed = self._seen, self._cache, [], None, 0
+        if cache is not None:
+            for name in _MOVES:
+                vars(cache).pop(name, None)
         request_id = secrets.token_hex(16)
-        for i, watch in enumerate(self._watches):
-            # The last sampled token was not fed, unless the sequence ended before the rest of its batch.
-            nothing = np.empty((0, len(self.probes)), np.float32)
-            watch.advance(watch.n_prompt + watch.n_sampled, nothing, 0 if self._ended[i] else 1, "stop")
+        nothing = np.empty((0, len(self.probes)), np.float32)
+        for i, one in enumerate(seen):
+            watch = one.watch
+            if one.rows:
+                # The last sampled token was not fed, unless the sequence ended before the rest of its batch.
+                watch.advance(watch.n_prompt + watch.n_sampled, nothing, 0 if one.ended else 1, "stop")
+                watch.end("stop")  # a judge at a URL is not asked here: what it would have been asked stays open
+            else:  # the pass over the prompt raised
+                watch.end("aborted")
             self.records.append(watch.record(request_id, i, self._name, Caller(route="notebook")))
-            self.scores.append(np.concatenate(self._rows[i]))
-        self._watches, self._rows, self._ended = [], [], []
+            self.scores.append(np.concatenate([nothing, *one.rows]))
 
 
 def _input_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -116,7 +155,8 @@ def watch(
 
     model: a transformers causal model, loaded from a folder or the hub; batches may be left-padded
     yields: Watching; its records are complete after the block. Nothing is blocked: a verdict says what a server
-    would have done
+    would have done. It is the default policy's; a second judge at a URL is not asked, and where a server would ask it
+    the verdict is `escalate`
     raises: MidstreamError if there is no probe for the model, or it does not fit
     """
     settings = settings or load_settings()

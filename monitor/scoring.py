@@ -11,7 +11,7 @@ from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.live import counted
 from monitor.metrics import Metrics
 from monitor.sequence import Watch
-from monitor.types import Phase
+from monitor.types import Action, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +41,18 @@ def score_text(settings: Settings, text: str) -> ScoredText:
 
     model, live = load(settings)
     engine = EmbeddedEngine(model, live, settings, Metrics())
-    live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
+    engine.check_canaries()
     prompt = model.template.encode([{"role": "user", "content": text}])
     scores = engine.prefill(prompt)
-    watch = Watch(prompt, live.rules["chat"])
+    watch = Watch(prompt, live.rules["chat"], live.default.second)
     watch.advance(0, scores)
     counts, shown = set(counted(prompt)), watch.shown(scores)
     rows = []
     for column, reading in enumerate(r for r in watch.readings() if r.phase is Phase.PROMPT):
         value = math.nan if reading.value is None else reading.value
         verdict = str(reading.action) + (" (would act)" if reading.would_block else "")
+        if reading.action is Action.ESCALATE:
+            verdict += " (second.url is not asked here)"
         values = [float(s) if i in counts else None for i, s in enumerate(shown[:, column])]
         rows.append(
             Row(

@@ -89,8 +89,9 @@ class Tap:
         self._handles = attach(model, bank.layers, self._write)
 
     def _buffer(self, capacity: int) -> Tensor:
-        weight = self.bank.weight
-        return torch.full((len(self.bank.layers), capacity, len(self.bank)), torch.nan, device=weight.device)
+        shape = len(self.bank.layers), capacity, len(self.bank)
+        with torch.inference_mode(False):  # one made under it could not be written outside of it
+            return torch.full(shape, torch.nan, device=self.bank.weight.device)
 
     def _write(self, layer: int, hidden: Tensor) -> None:
         row = self._row[layer]

@@ -52,9 +52,7 @@ class ChatTemplate:
         returns: the newest turn is everything after the last answer that is followed by another message
         raises: RequestInvalid if there is no template or it refuses these messages
         """
-        if not self.has_chat:
-            raise RequestInvalid("this model has no chat template; use /v1/completions", "messages")
-        text = self._render(messages, generate=True)
+        text = self.render(messages)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = tuple(encoded["input_ids"])
         history = self._history(messages)
@@ -99,8 +97,9 @@ class ChatTemplate:
         return self._prompt(tuple(ids), cut, "chat")
 
     def _history(self, messages: Sequence[Message]) -> str:
-        # An answer parts the history from the newest turn only if it says something and something follows it:
-        # else a client could declare its own request history by adding an empty answer.
+        # An answer parts the history from the newest turn only if it says something and something follows it. That
+        # stops accidents, no forger: a client writes every turn, and an answer that it makes up parts like a real one.
+        # What was asked before is then judged by `on_history`, of which only `block` is closed to that.
         asked = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
         answers = (i for i, m in enumerate(messages[:asked]) if m["role"] == "assistant" and m["content"].strip())
         last = max(answers, default=-1)

@@ -126,8 +126,14 @@ class Card(_Part):
 
     @property
     def seen_until(self) -> float:
-        """Labels up to then are in it, in seconds since the epoch; 0 for one that was not made of traffic."""
-        return float(self.retrained.get("until", 0.0))
+        """Labels up to then are in it, in seconds since the epoch; 0 for one that was not made of traffic, or pulled:
+        made of another deployment's."""
+        return 0.0 if "pulled" in self.fit else float(self.retrained.get("until", 0.0))
+
+    @property
+    def of_answers(self) -> bool:
+        """Whether it judges answers alone: nothing else is calibrated."""
+        return self.calibration.get("chat", {}).keys() == {"response"}
 
     def probability(self, value: float) -> float:
         """Of a prompt's value, in chat: calibrated where the card can, else the logistic function of the logit."""

@@ -7,8 +7,8 @@ the operator's with the same layout, lies over it, and its live.json (model/prob
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -26,6 +26,7 @@ from torch import Tensor
 from monitor.errors import ConfigInvalid, ProbeInvalid
 from monitor.types import CANDIDATE_MARK
 from probes_store.card import Card
+from probes_store.durable import renamed, sync, write
 
 SHIPPED = Path(__file__).parent
 PREVIOUS, CANDIDATE = "@previous", "@candidate"
@@ -172,7 +173,8 @@ class Store:
     def publish(
         self, card: Card, weight: Mapping[int, Tensor], bias: float | tuple[float, ...], base: bytes | None = None
     ) -> Path:
-        """Write a probe under the next free version of the overlay, whole or not at all; returns its folder.
+        """Write a probe under the next free version of the overlay, whole or not at all, after a power failure too;
+        returns its folder.
 
         card.version and the hashes are set here; base: `Base.dump()` of the training rows
         raises: ConfigInvalid without an overlay
@@ -180,8 +182,6 @@ class Store:
         if self.overlay is None:
             raise ConfigInvalid("the shipped store is read-only; set MIDSTREAM_STORE to a folder of yours")
         model = model_slug(card.model.name)
-        taken = self.versions(model, card.name)
-        version = f"v{1 + max((int(v[1:]) for v in taken), default=0)}"
         tensors = {f"weight.{layer}": w.float().reshape(-1, w.shape[-1]).contiguous() for layer, w in weight.items()}
         data = save_tensors(
             tensors | {"bias": torch.tensor(bias, dtype=torch.float32).reshape(-1)}, {"schema": "midstream-probe/1"}
@@ -190,25 +190,28 @@ class Store:
             "sha256": hashlib.sha256(data).hexdigest(),
             "base_sha256": None if base is None else hashlib.sha256(base).hexdigest(),
         }
-        card = card.model_copy(update={"version": version} | hashes)
-        folder = self.overlay / model / card.name / version
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        folder = self.overlay / model / card.name
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".new-"))
         try:
-            (scratch / "probe.safetensors").write_bytes(data)
+            write(scratch / "probe.safetensors", data)
             if base is not None:
                 # Moments of few labelled rows may tell of one of them: as private as the log that they come from.
-                mode = 0o600 if card.retrained else 0o644
-                with open(os.open(scratch / BASE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                    file.write(base)
-            (scratch / "card.json").write_text(card.model_dump_json(indent=1) + "\n")
+                write(scratch / BASE, base, 0o600 if card.retrained else 0o644)
             scratch.chmod(0o755)
-            read_folder(scratch, shipped=False)
-            os.rename(scratch, folder)
+            for number in itertools.count(1 + max((int(v[1:]) for v in self.versions(model, card.name)), default=0)):
+                card = card.model_copy(update={"version": f"v{number}"} | hashes)
+                write(scratch / "card.json", card.model_dump_json(indent=1).encode() + b"\n")
+                read_folder(scratch, shipped=False)
+                sync(scratch)
+                if renamed(scratch, folder / card.version):
+                    break  # else somebody else was a moment ahead, and has that one
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        return folder
+        for parent in (folder, folder.parent, self.overlay):
+            sync(parent)
+        return folder / card.version
 
 
 def read_folder(folder: Path, shipped: bool) -> StoredProbe:

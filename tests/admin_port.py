@@ -7,6 +7,8 @@ import socket
 import threading
 from collections import Counter
 
+import pytest
+
 from monitor.api.admin.app import Operations, create_admin
 from monitor.api.admin.port import second_port
 from monitor.audit import Audit
@@ -33,6 +35,19 @@ ROUTES = [
     ("POST", "/admin/scores"),
     ("GET", "/openapi.json"),
 ]
+TOKEN = "&".join(f"{name}={KEY}" for name in ("token", "key", "api_key", "access_token", "admin_key", "authorization"))
+ADDRESSES = ("X-Forwarded-For", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP")
+FORGED = dict.fromkeys(ADDRESSES, "127.0.0.1") | {
+    "Forwarded": "for=127.0.0.1;host=localhost",
+    "X-Forwarded-Host": "localhost",
+    "X-Original-URL": "/health",
+}
+PREFLIGHT = {
+    "Origin": "https://evil.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization",
+}
+OTHER_VERBS = ("PUT", "DELETE", "PATCH", "HEAD", "TRACE", "PROPFIND")
 
 
 class Broken:
@@ -154,6 +169,7 @@ class AdminPort:
         self._thread.join(20)
         assert not self._thread.is_alive()
         self._listener.close()
+        self.operations.aside.close()
         self.audit.close()
 
     def open(self, method, path, headers=BEARER, body=None, peer="127.0.0.1"):
@@ -184,6 +200,13 @@ class AdminPort:
 
     def outcomes(self, outcome):
         return self._outcomes[outcome]
+
+
+@pytest.fixture
+def port(tmp_path):
+    one = AdminPort(tmp_path)
+    yield one
+    one.stop()
 
 
 def events(answer):

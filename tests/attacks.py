@@ -1,4 +1,4 @@
-"""The attackers' cases as tables, for T4 to T9 of RELIABILITY.md. `siege.py` tries each of them on an engine."""
+"""The attackers' cases as tables, for T4 to T9 of RELIABILITY.md. `siege` tries each of them on an engine."""
 
 import dataclasses
 import gzip

@@ -4,7 +4,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+SECRET = "xylophone"  # in every prompt of these tests
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 def plain(value):
@@ -73,3 +77,10 @@ class Collector:
         found = [(s, table(s.attributes)) for s in self.spans]
         (one,) = [(s, a) for s, a in found if a.get("midstream.request_id") == request_id]
         return one
+
+
+@pytest.fixture
+def collector():
+    running = Collector()
+    yield running
+    running.close()

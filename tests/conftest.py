@@ -42,6 +42,9 @@ from probes_store.calibration import Calibration
 from probes_store.card import Canary, Card, ModelId
 from probes_store.store import Store
 
+# Modules that assert for the tests of several files; before anything imports one of them.
+pytest.register_assert_rewrite(*(f"tests.{m}" for m in ("cuts", "fake_session", "overload", "page", "shelf", "wires")))
+
 from .fake_upstream import FakeUpstream
 from .star import fit_star_probe
 

@@ -3,6 +3,8 @@
 import base64
 import time
 
+import pytest
+
 from monitor.api.admin.desk import Desk
 from monitor.api.admin.feed import Feed
 from monitor.api.admin.probes import ProbeOperations
@@ -30,6 +32,7 @@ class FakeProbes:
     def __init__(self):
         self.live, self.previous, self.candidate, self.asked = "v1", None, "v2", []
         self.missing, self.serves = False, None  # None: what is live
+        self.starts = True  # whether a training can be started
         self.training = {"state": "idle", "probe": None, "started": None, "ended": None, "exit_code": None}
         self.training |= {"lines": [], "candidate": None}
 
@@ -72,6 +75,9 @@ class FakeProbes:
 
     async def start(self, probe):
         self.asked.append(("retrain", probe))
+        if not self.starts:
+            self.training |= {"state": "failed", "probe": probe, "lines": ["it could not be started: the disk is full"]}
+            return self.training
         done = {"state": "done", "probe": probe, "started": time.time() - 3, "ended": time.time(), "exit_code": 0}
         self.training = done | {"lines": ["<b>fitting</b>", "gate: PASS"], "candidate": "v3"}
         return self.training | {"state": "running"}
@@ -154,3 +160,10 @@ class ConsolePort(AdminPort):
     def stop(self):
         super().stop()
         self.log.close()
+
+
+@pytest.fixture
+def port(tmp_path):
+    one = ConsolePort(tmp_path)
+    yield one
+    one.stop()

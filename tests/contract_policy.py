@@ -278,10 +278,11 @@ class Policed:
         assert (c.response_tokens, c.response_scored, c.final_unscored) == (AT - 1, AT - 1, 0)
 
     def test_a_request_of_an_operators_own_is_followed_token_by_token(self, policed):
+        from monitor.api.admin.aside import Aside
         from monitor.api.admin.tracing import Tracing
 
         server = policed(policy())
-        tracing = Tracing(server.scorer, server.model.template, lambda: ["soft"], server.model.name)
+        tracing = Tracing(server.scorer, server.model.template, lambda: ["soft"], server.model.name, Aside())
 
         async def follow():
             return [e async for e in tracing.trace("trace", [{"role": "user", "content": HIT}], 4, 0.0)]

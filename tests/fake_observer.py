@@ -17,6 +17,7 @@ from monitor.api.others import other_routes
 from monitor.api.upstream.app import create_app
 from monitor.api.upstream.routes import Proxy
 from monitor.config import load_settings
+from monitor.errors import Overloaded
 from monitor.live import LiveProbes, ServedModel
 from monitor.policy.rule import Policy, Rule
 from monitor.probe import ProbeBank, ProbeWeights
@@ -29,7 +30,7 @@ from monitor.upstream.transport import Bounds, Upstream
 pytest.register_assert_rewrite("tests.contract")
 
 from .conftest import Sink, tiny_tokenizer  # noqa: E402
-from .contract import Reply  # noqa: E402, F401  (imported from here, its assertions are rewritten)
+from .contract import STREAM, Reply  # noqa: E402, F401  (imported from here, its assertions are rewritten)
 from .web import until  # noqa: E402
 
 # One for all, never collected with a socket open: a warning about that is an error here.
@@ -48,12 +49,23 @@ class FakeStream:
         self.read_ids += token_ids
         return self._observer.rows(token_ids)
 
+    def fork(self):
+        assert not self.closed
+        if not self._observer.has_room:
+            raise Overloaded("no room for a fork")
+        twin = FakeStream(self._observer, [])
+        twin.scores, twin.read_ids = self.scores, list(self.read_ids)
+        self._observer.streams.append(twin)
+        return twin
+
     def close(self):
         self.closed = True
 
 
 class FakeObserver:
-    """fault: called with the token ids of every read, may raise or give an awaitable; streams: every one opened"""
+    """fault: called with the token ids of every read, may raise or give an awaitable
+    streams: every one, opened or forked; opened: how many prompts were read; has_room: for forks
+    """
 
     columns = (("star", "v1"),)
 
@@ -63,6 +75,7 @@ class FakeObserver:
         self.model = ServedModel("tiny-observer", "0", "float32", 4, 4, self.template)
         (self.star,) = self.tokenizer("*", add_special_tokens=False)["input_ids"]
         self.streams, self.most = [], 256
+        self.opened, self.has_room = 0, True
         self.fault = lambda ids: None
 
     def rows(self, ids):
@@ -75,6 +88,7 @@ class FakeObserver:
 
     async def open(self, token_ids):
         await self.work(token_ids)
+        self.opened += 1
         self.streams.append(FakeStream(self, list(token_ids)))
         return self.streams[-1]
 
@@ -159,3 +173,9 @@ def proxying(url, **given):
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(upstream):
+    with proxying(upstream.url, key="operators-own-key") as server:
+        yield server

@@ -65,7 +65,7 @@ class Answer:
         return [None if data == b"[DONE]" else json.loads(data) for data in found]
 
 
-def ask(model, inner, body, path=CHAT, chunks=None, out=None, **bounds):
+def ask(model, inner, body, path=CHAT, chunks=None, out=None, metrics=None, **bounds):
     """Send a body through the gate; the messages that came back. body: an object, or bytes as they are"""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     incoming = [{"type": "http.request", "body": c, "more_body": True} for c in chunks or []]
@@ -78,7 +78,7 @@ def ask(model, inner, body, path=CHAT, chunks=None, out=None, **bounds):
     async def send(message):
         sent.append(message)
 
-    gate = Gate(inner, path, model.template, load_settings(**bounds), Metrics())
+    gate = Gate(inner, path, model.template, load_settings(**bounds), metrics or Metrics())
     asyncio.run(gate({"type": "http", "path": path}, receive, send))
     return sent
 

@@ -1,29 +1,17 @@
-"""The console's routes over a real log: pages of the queue, one request, labels, the lens, and live records."""
+"""The console's routes over a real log: pages of the queue, labels, and one request with its texts."""
 
-import http.client
-import json
-import sys
-import threading
 import time
 
 import pytest
 
-from monitor.api.admin.lensing import Lensing
-from monitor.config import load_settings
 from monitor.traffic import count_unlabelled, find_labels
 from monitor.traffic.turns import is_text, turns_of
 from monitor.types import Action
 
-from .admin_port import BEARER, ID, events
+from .admin_port import BEARER, ID
 from .console_port import ConsolePort, chat
+from .console_port import port as port
 from .test_records import record
-
-
-@pytest.fixture
-def port(tmp_path):
-    one = ConsolePort(tmp_path)
-    yield one
-    one.stop()
 
 
 def filled(port, n=7):
@@ -222,131 +210,3 @@ def test_token_ids_are_no_text():
     for prompt in ({"prompt": "[1, 2]"}, {"prompt": ["a", "b"]}, {"input": ["[1]"]}, chat("a", "b"), None):
         assert is_text(prompt)
     assert not is_text({"prompt": [1, 2]}) and not is_text({"prompt": [[1], [2, 3]]})
-
-
-# --- the lens -------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import json, os, sys, time
-given = json.loads(sys.stdin.read())
-if given[0]["content"] == "slow": time.sleep(600)
-if given[0]["content"] == "bad": sys.exit("midstream: no such model")
-ours = {k: v for k, v in os.environ.items() if k.startswith("MIDSTREAM_")}
-print(json.dumps({"given": given, "ours": ours, "arguments": sys.argv[1:]}))
-"""
-
-
-@pytest.fixture
-def lensed(tmp_path, monkeypatch):
-    monkeypatch.setenv("MIDSTREAM_LOG_KEY", "a secret of the server")
-    settings = load_settings(model="some/model", store=tmp_path, admin_key="k" * 20)
-    one = ConsolePort(tmp_path, lens=Lensing(settings, (sys.executable, "-c", SCRIPT)))
-    for text in ("hello", "slow", "bad", "long"):
-        one.say(text, text if text != "long" else "x" * 40_000, "an answer")
-    one.written()
-    yield one
-    one.stop()
-
-
-def test_the_lens_reads_the_conversation_from_its_input_alone(lensed, tmp_path):
-    status, body, _ = lensed.ask("POST", "/admin/lens", BEARER, {"id": "hello"})
-    assert (status, body["arguments"]) == (200, ["--conversation"])
-    assert body["given"] == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "an answer"}]
-    assert {k: body["ours"][k] for k in ("MIDSTREAM_MODEL", "MIDSTREAM_STORE")} == {
-        "MIDSTREAM_MODEL": "some/model", "MIDSTREAM_STORE": str(tmp_path),
-    }  # fmt: skip
-    assert set(body["ours"]) <= {f"MIDSTREAM_{n}" for n in ("MODEL", "STORE", "CACHE", "REVISION", "DTYPE")}
-
-
-def test_what_the_lens_can_not_do_is_said(lensed):
-    for name, status, says in (
-        ("bad", 422, "no such model"),
-        ("long", 413, "the lens takes"),
-        ("nobody", 422, "no text"),
-    ):
-        got, body, _ = lensed.ask("POST", "/admin/lens", BEARER, {"id": name})
-        assert (got, says in body["error"]["message"]) == (status, True)
-
-
-def test_one_lens_at_a_time_and_it_ends_with_the_server(tmp_path):
-    one = ConsolePort(tmp_path, lens=Lensing(load_settings(), (sys.executable, "-c", SCRIPT)))
-    for text in ("hello", "slow"):
-        one.say(text, text)
-    one.written()
-    answers = []
-    waiting = threading.Thread(target=lambda: answers.append(_tried(one)))
-    waiting.start()
-    deadline = time.monotonic() + 20
-    while (status := one.status("POST", "/admin/lens", BEARER, {"id": "hello"})) != 409:
-        assert time.monotonic() < deadline and status == 200
-    one.stop()
-    waiting.join(20)
-    assert not waiting.is_alive() and answers != [200]
-
-
-def _tried(port):
-    """Until it is its turn; then it hangs."""
-    try:
-        while (status := port.status("POST", "/admin/lens", BEARER, {"id": "slow"})) == 409:
-            pass
-        return status
-    except (OSError, http.client.HTTPException) as error:
-        return type(error).__name__
-
-
-# --- live -----------------------------------------------------------------------------------------------------------
-
-
-def test_live_records_come_as_they_are_put_and_have_no_text(port):
-    port.say("before", "a secret question")
-    with port.open("GET", "/admin/live") as answer:
-        assert answer.headers.get_content_type() == "text/event-stream"
-        stream = events(answer)
-        assert next(stream) == {"began": 0}
-        first = next(stream)
-        port.say("after", "another secret", verdict=Action.BLOCK)
-        second = next(stream)
-    assert [(e["id"], e["verdict"], e["readings"][0]["value"]) for e in (first, second)] == [
-        ("before", "flag", 3.0), ("after", "block", 3.0),
-    ]  # fmt: skip
-    assert "secret" not in json.dumps([first, second])
-
-
-def test_who_can_not_follow_is_told_how_much_went_by(port):
-    with port.open("GET", "/admin/live") as answer:
-        stream = events(answer)
-        next(stream)
-        for i in range(400):
-            port.feed.put(port.say(f"r{i}", "x"))
-        missed = next(stream)
-    assert "missed" in missed or missed["id"].startswith("r")
-
-
-def lines(port, n, **headers):
-    """The first n events of the live view: (id, what it says)."""
-    with port.open("GET", "/admin/live", BEARER | headers) as answer:
-        found, number = [], None
-        for line in answer:
-            if line.startswith(b"id: "):
-                number = int(line[4:])
-            elif line.startswith(b"data: "):
-                found.append((number, json.loads(line[6:])))
-                if len(found) == n:
-                    return found
-
-
-def test_who_comes_back_goes_on_where_it_was(port):
-    for i in range(3):
-        port.say(f"r{i}", "x")
-    first = lines(port, 4)
-    assert first[0] == (0, {"began": 0})
-    assert [(number, e["id"], e["old"]) for number, e in first[1:]] == [(i + 1, f"r{i}", True) for i in range(3)]
-    again = lines(port, 3, **{"Last-Event-ID": "1"})
-    assert again[0] == (1, {"began": 1})
-    assert [(number, e["id"], e["old"]) for number, e in again[1:]] == [(2, "r1", False), (3, "r2", False)]
-    for forged in ("", "x", "-1", "9" * 30, "1e3"):
-        assert lines(port, 2, **{"Last-Event-ID": forged})[1][1]["id"] == "r0"
-    for i in range(3, 400):
-        port.feed.put(record(f"r{i}", 0, Action.FLAG))
-    missed, next_ = lines(port, 3, **{"Last-Event-ID": "3"})[1:]
-    assert missed == (144, {"missed": 141}) and (next_[0], next_[1]["id"]) == (145, "r144")

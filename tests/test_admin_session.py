@@ -8,9 +8,8 @@ from monitor.api.admin.console import HOME, PATHS
 from monitor.api.admin.guard import WRONG_PER_MINUTE
 from monitor.api.admin.session import COOKIE, LIFE_S, MAX_SESSIONS, Sessions
 
-from .admin_port import BEARER, DATA_KEY, ID, KEY
+from .admin_port import BEARER, DATA_KEY, FORGED, ID, KEY, OTHER_VERBS, PREFLIGHT, TOKEN
 from .console_port import ConsolePort
-from .test_admin import FORGED, OTHER_VERBS, PREFLIGHT, TOKEN
 from .test_offenders import Clock
 
 LABEL = {"id": ID, "choice": 0, "label": "harmful"}

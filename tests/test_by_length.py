@@ -17,8 +17,8 @@ from monitor.types import Mode, Phase
 from probes_store.calibration import DELTA, Bucket, Calibration, rows_needed
 from probes_store.store import Store
 
+from .steps import generate, prompt, rule
 from .test_cli import run, state  # noqa: F401
-from .test_watch import generate, prompt, rule
 
 MODEL, NAME = "smollm2-135m-instruct", "harmful-intent"
 

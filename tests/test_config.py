@@ -184,6 +184,8 @@ def test_bad_modes_in_the_environment(monkeypatch, value, named):
     ("text", "message"),
     [
         ("port: [", "is not YAML"),
+        ("port: 1\nhost: x\nport: 2", "is not YAML: key 'port' is given twice, again in line 3"),
+        ("model: 2024-13-45", "is not YAML: month must be"),
         ("- port", "must hold keys and values"),
         ("just words", "must hold keys and values"),
         ("!!python/object/apply:os.getpid []", "is not YAML"),

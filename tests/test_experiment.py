@@ -20,8 +20,9 @@ from training.experiment_report import report_page
 from training.fit import fit_torch
 from training.pairs_made import ELSEWHERE, FIT, VALIDATION, concepts
 
-from .test_fit import blobs
-from .test_lens import Reader, chat, reference
+from .page import Reader
+from .reference import chat, reference
+from .rows import blobs
 
 NAMES = ["caps", "html", "harmful", "harmful-twins"]
 PUBLIC = ("concept_caps", "concept_html", "jailbreakbench", "xstest", "strongreject", "mitre_frr")

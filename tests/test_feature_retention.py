@@ -13,7 +13,7 @@ from monitor.traffic.features import Retention, erase_features, read_features, w
 from monitor.traffic.features.files import drop_older
 
 from .conftest import LAYER
-from .test_feature_log import Slow, find_rows, finish, logged  # noqa: F401
+from .feature_log import Slow, find_rows, finish, logged  # noqa: F401
 from .test_features import feature
 from .test_records import until
 

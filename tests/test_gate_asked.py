@@ -67,6 +67,15 @@ def test_what_switches_reasoning_in_a_template_is_refused_where_the_template_has
     assert refusal.value.error["param"] == field
 
 
+def test_the_templates_closing_tokens_cant_be_cut_off(tiny):
+    for side in ("right", "RIGHT", 1, [], {}):
+        for path in (CHAT, RESPONSES, MESSAGES):
+            assert "truncation_side" in refused(tiny, {"messages": [user()], "truncation_side": side}, path)["message"]
+        assert call_of(tiny, {"prompt": "a", "truncation_side": side}, TEXT), "it has no template"
+    for side in ("left", None):
+        assert call_of(tiny, {"messages": [user()], "truncation_side": side})
+
+
 def test_completions_may_choose_their_special_tokens(tiny):
     assert call_of(tiny, {"prompt": "a", "add_special_tokens": True}, TEXT)
 

@@ -66,6 +66,8 @@ BAD = [
     (f"- {{name: a, sha256: '{DIGEST.upper()}'}}", "lower case"),
     (f"- {{name: a, sha256: '{DIGEST}'}}\n" * 2, "twice"),
     ("- {name: a", "not YAML"),
+    (f"- {{name: a, sha256: '{DIGEST}', name: b}}", "'name' is given twice"),
+    ("- {name: 2024-13-45}", "not YAML: month must be"),
     ("\n".join(f"- {{name: k{i}, sha256: '{DIGEST}'}}" for i in range(1001)), "at most 1000"),
 ]
 

@@ -1,45 +1,21 @@
-"""The logit lens: what it shows is the model's, what it writes is safe to open, and mistakes are one line."""
+"""The logit lens: what it shows of every block is the model's, and a probe is read as it is served."""
 
 import dataclasses
-import html
-import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-import typer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from typer.testing import CliRunner
 
-from monitor.cli import lens as cli_lens
 from monitor.config import cache_dir
 from monitor.engines.embedded.model import load_model
 from monitor.errors import ConfigInvalid, ModelUnsupported
 from monitor.probe import ProbeBank, ProbeWeights
-from monitor.scoring import score_text
 from training import lens as lens_module
 from training.lens import logit_lens
-from training.lens_view import lens_page, lens_png, visible
-from training.page import element, line_chart, page, table
 
-from .conftest import LAYER, publish, reference_logits, save_tiny, tiny_config
-
-HOSTILE = """<script>alert(1)</script>"><img src=x onerror='alert(2)'>&lt;\x1b[2J\u202e$\\frac{1}{$"""
-
-
-def chat(model, text):
-    return model.template.encode([{"role": "user", "content": text}])
-
-
-def reference(model, prompt):
-    """transformers alone: (hidden_states, logits) of every position."""
-    model.module.set_attn_implementation("sdpa")
-    with torch.inference_mode():
-        out = model.module(input_ids=torch.tensor([prompt.token_ids]), output_hidden_states=True)
-    return out.hidden_states, out.logits[0].float()
+from .conftest import LAYER, reference_logits, save_tiny, tiny_config
+from .reference import chat, reference
 
 
 def log_probabilities(lens, layer):
@@ -49,7 +25,7 @@ def log_probabilities(lens, layer):
     return np.log(out)
 
 
-# --- the lens -------------------------------------------------------------------------------------------------------
+# --- the lens ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["llama", "granite", "qwen3"])
@@ -140,7 +116,7 @@ def test_a_text_that_is_too_long_is_refused(tiny):
         logit_lens(short, chat(tiny, "more than eight bytes"))
 
 
-# --- the probes -----------------------------------------------------------------------------------------------------
+# --- the probes -------------------------------------------------------------------------------------------------------
 
 
 def test_a_probe_of_one_block_is_read_as_it_is_served(tiny, random_probe):
@@ -167,194 +143,3 @@ def test_a_probe_of_several_blocks_shows_what_each_adds(tiny):
     assert values[[0, 3]].sum(0) - 0.5 == pytest.approx(lens.scores[-6:, 0], abs=1e-4)
     assert lens.probes[1].values[1] == pytest.approx(lens.scores[-6:, 1], abs=1e-4)
     assert lens.as_dict()["probes"]["several"]["values"][1] == [None] * 6
-
-
-# --- page and picture -----------------------------------------------------------------------------------------------
-
-
-class Reader(HTMLParser):
-    """What a browser would see: tags, attributes, text; every tag closed where it was opened."""
-
-    def __init__(self, document):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.text, self.open = set(), [], [], []
-        self.feed(document)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += attrs
-        if tag not in ("img", "meta", "br", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text(), st.text())
-def test_no_text_becomes_markup(text, attribute):
-    # Two kinds of characters that the parser itself rewrites, in data that is correct.
-    text, attribute = (t.replace("\r", "").replace("\x00", "") for t in (text, attribute))
-    seen = Reader(element("td", text, title=attribute, class_=None))
-    assert seen.tags == {"td"}
-    assert "".join(seen.text) == text
-    assert seen.attributes == [("title", attribute)]
-
-
-def test_the_page_of_a_hostile_text_holds_no_markup_of_it(tiny, random_probe):
-    bank = ProbeBank([dataclasses.replace(random_probe, name="<b>p</b>")], tiny.d_model)
-    lens = logit_lens(tiny, chat(tiny, HOSTILE), bank, last=200)
-    document = lens_page(lens, "<i>model</i>", HOSTILE)
-    seen = Reader(document)
-    assert seen.tags == {
-        *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "strong", "div", "table", "tr", "th", "td")
-    }
-    assert {name for name, _ in seen.attributes} <= {
-        *("lang", "charset", "http-equiv", "content", "name", "class", "style", "data-top")
-    }
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in seen.attributes
-    text = "".join(seen.text)
-    assert visible(HOSTILE) in text and "<b>p</b>" in text and "<i>model</i>" in text
-    assert "http://" not in document and "https://" not in document and "url(" not in document
-    assert "\x1b" not in document and "\u202e" not in document
-
-
-def test_the_page_has_every_block_and_token_with_its_five_words(tiny, random_probe):
-    lens = logit_lens(tiny, chat(tiny, "ab"), ProbeBank([random_probe], tiny.d_model), last=6)
-    tops = [value for name, value in Reader(lens_page(lens, "m", "ab")).attributes if name == "data-top"]
-    assert len(tops) == tiny.n_layers * 6
-    assert all(len(top.splitlines()) == 6 for top in tops)
-    assert tops[0].startswith("block 3, after ")  # the last block is on top
-    assert tops[0].splitlines()[1].endswith("  " + visible(lens.top(3, 0)[0][0]))
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\nb\t", "a⏎b⇥"),
-        ("\x1b[31m", "□[31m"),
-        ("\u202eabc", "□abc"),
-        ("", "∅"),
-        (" the", " the"),
-        ("  ", "␣␣"),
-        ("花", "花"),
-    ],
-)
-def test_a_token_is_one_visible_line(text, shown):
-    assert visible(text) == shown
-
-
-def test_the_picture_is_the_same_bytes_again_whatever_the_text(tiny, tmp_path):
-    lens = logit_lens(tiny, chat(tiny, HOSTILE + " 花 $x$"), last=12)
-    for name in ("one.png", "two.png"):
-        lens_png(lens, tmp_path / name, "$\\frac{ 花")
-    one, two = (tmp_path / "one.png").read_bytes(), (tmp_path / "two.png").read_bytes()
-    assert one.startswith(b"\x89PNG\r\n\x1a\n") and one == two
-
-
-def test_without_matplotlib_the_remedy_is_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.lens_view.find_spec", lambda name: None)
-    with pytest.raises(ConfigInvalid, match=r"--png needs matplotlib; pip install 'midstream\[report\]'"):
-        lens_png(logit_lens(tiny, chat(tiny, "x"), last=2), tmp_path / "x.png", "x")
-
-
-@pytest.mark.parametrize("top", [1e-3, 0.81, 0.95, 1.0, 3.0, 8.0, 8.5, 9.99, 10.0, 123.0])
-def test_a_chart_has_some_ticks_whatever_its_range(top):
-    for low in (0.0, -top):
-        shown = [t for t in Reader(line_chart("", {"a": [(0, low), (1, top)]}, "", "")).text if t.strip()]
-        assert 4 + 2 <= len(shown) <= 2 * 9 + 1, shown
-
-
-def test_charts_and_tables_of_odd_numbers():
-    series = {"a, validation": [(1, 0.5), (2, float("nan"))], "a, training": [(1, 2.0)], "<b>": []}
-    chart = line_chart("curves <i>", series, "epoch", "loss")
-    seen = Reader(chart)
-    assert "i" not in seen.tags and "b" not in seen.tags and "<b>" in seen.text
-    assert ("stroke-dasharray", "5 4") in seen.attributes and "nan" not in chart
-    assert "1e-05" in line_chart("log", {"a": [(1e-5, 0), (1, 1)]}, "FPR", "TPR", log_x=True)
-    shown = Reader(table(("name", "value"), [("<x>", 0.25), ("y", None), ("z", float("nan")), ("n", 12_000)]))
-    assert [t for t in shown.text if t.strip()] == ["name", "value", "<x>", "0.250", "y", "–", "z", "–", "n", "12,000"]
-    assert page("<t>", "<p>").count(html.escape("<t>")) == 2
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tiny_folder, tmp_path):
-    """run(*arguments) -> the finished `midstream lens` on the tiny model, with the store at tmp_path / "store"."""
-    app = typer.Typer()
-    app.command("lens")(cli_lens.lens)
-    app.command("other")(lambda: None)
-    common = ["--model", str(tiny_folder), "--store", str(tmp_path / "store")]
-
-    def go(*arguments, given=None):
-        return CliRunner().invoke(app, ["lens", *map(str, arguments), *common], given, env={"COLUMNS": "120"})
-
-    return go
-
-
-def test_the_command_writes_what_it_was_asked_for(run, tmp_path):
-    page_at, picture_at = tmp_path / "l.html", tmp_path / "l.png"
-    done = run("good day", "--html", page_at, "--png", picture_at, "--last", 4)
-    assert done.exit_code == 0, done.output
-    assert f"wrote {page_at}" in done.stdout and f"wrote {picture_at}" in done.stdout
-    assert "the logit lens alone" in done.stderr
-    assert "the last 4 of " in done.stdout
-    Reader(page_at.read_text())
-    assert picture_at.stat().st_size > 5000
-
-
-def test_the_command_says_what_the_server_would(run, tiny, random_probe, tmp_path):
-    publish(tiny, [(random_probe, {})], tmp_path / "store")
-    done = run("good day", "--json")
-    assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    shown = run("good day").stdout
-    settings_ = cli_lens.load_settings(model=tiny.module.config._name_or_path, store=tmp_path / "store")
-    (row,) = score_text(settings_, "good day").rows
-    (verdict,) = said["verdicts"]
-    assert verdict == f"random v1: value {row.value:.3f}, threshold -: {row.verdict}"
-    assert verdict in shown and "* counts towards" in shown
-    tokens = [t for t, c in zip(said["tokens"], said["counts"], strict=True) if c]
-    assert "".join(tokens).startswith("good day")
-    served = [s for s in row.token_scores if s is not None]
-    seen = said["probes"]["random"]["values"][LAYER]
-    assert [v for v, c in zip(seen, said["counts"], strict=True) if c] == pytest.approx(served, abs=1e-3)
-
-
-def test_raw_text_has_no_template(run):
-    said = json.loads(run("abc", "--raw", "--json").stdout)
-    assert said["tokens"] == ["a", "b", "c"] and said["probes"] == {}
-
-
-def test_a_conversation_comes_from_stdin(run):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    done = run("-", "--conversation", "--json", "--last", 100, given=json.dumps(messages))
-    assert done.exit_code == 0, done.output
-    text = "".join(json.loads(done.stdout)["tokens"])
-    assert text.index("user\nHi") < text.index("assistant\nYo")
-    raw = json.dumps([{"role": "", "content": "ab"}, {"role": "", "content": "cd"}])
-    assert json.loads(run("-", "--conversation", "--json", given=raw).stdout)["tokens"] == ["a", "b", "c", "d"]
-    assert json.loads(run("-", "--raw", "--json", given="abc").stdout)["tokens"] == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("given", ["{", "7", "[7]", '[{"role": "user"}]', "[" * 100_000])
-def test_what_is_no_conversation_is_said(run, given):
-    assert "--conversation wants JSON like" in str(run("-", "--conversation", given=given).exception)
-
-
-def test_mistakes_are_told_before_the_model_is_loaded(run, tmp_path):
-    assert "the text is empty" in str(run("  ").exception)
-    assert "exclude each other" in str(run("x", "--raw", "--conversation").exception)
-    assert "there is no folder" in str(run("x", "--html", tmp_path / "none" / "a.html").exception)
-
-
-def test_the_help_has_the_multilingual_example(run):
-    shown = run("--help").stdout
-    assert "One word in several languages" in " ".join(shown.split()) and "Español: flor." in shown

@@ -50,6 +50,10 @@ SPELLED = [
     json.dumps({"a": json.dumps({"password": "hunter22"})}),
     json.dumps(json.dumps(json.dumps({"api_key": "x hunter22 y", "b": 1}))),
     json.dumps(json.dumps({"password": 'a " hunter22'})),
+    "password: abc,hunter22",
+    "password=ab'hunter22",
+    'token: abcd"hunter22',
+    "secret=abcdefgh;hunter22,hunter22",
 ]
 
 
@@ -81,6 +85,47 @@ STAYS = [
 @pytest.mark.parametrize("text", STAYS)
 def test_what_is_no_secret_stays(text):
     assert redact(text) == text
+
+
+LONG = "aB3/" * 2000
+PLAIN = "aB3_" * 2000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"aws_session_token = {LONG}",
+        f"password: {LONG}",
+        f'{{"client_secret": "{LONG}"}}',
+        json.dumps(json.dumps({"client_secret": LONG})),
+        f"Authorization: Bearer {LONG}",
+        f"authorization: {LONG}",
+        f"a bearer {LONG}",
+        f"https://me:{PLAIN[:4000]}@host",
+        f"eyJhbGciOiJIUzI1NiJ9.{PLAIN}.{PLAIN}",
+        f"sk-{PLAIN}",
+        f"pypi-{PLAIN}",
+        f"xoxb-{PLAIN}",
+        f"ghp_{'aB3' * 1000}",
+    ],
+    ids=lambda text: text[:16],
+)
+def test_of_a_long_secret_no_end_stays(text):
+    found = redact(f"{text} and on")
+    assert "aB3" not in found and found.endswith(" and on")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('{"password":12345678,"user":"me"}', '{"[password],"user":"me"}'),
+        ("f(password='hunter22',user='me')", "f([password],user='me')"),
+        ("password: foo, bar", "password: foo, bar"),
+        ("Password=hunter22;User=me and on", "[password] and on"),
+    ],
+)
+def test_a_value_ends_where_a_field_or_an_argument_does(text, kept):
+    assert redact(text) == kept
 
 
 @pytest.mark.parametrize(
@@ -123,7 +168,7 @@ def test_the_arguments_of_a_tool_as_a_text():
     ["token_", "password_a_", 'password": "', "password='", "secret\\", 'secret: \\"', "secret=\\\\", "api key",
      "auth-", "authorization: ", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a-",
      "password = password = ", "://", "://:", "pass=", "secret is ", "tokentoken",
-     "password.a.a.a", "basic basic ", "4"],
+     "password.a.a.a", "basic basic ", "4", "secret=a,b", "secret=a'b ", "secret:a\"", "eyJabcdefgh.", "://a:"],
 )  # fmt: skip
 def test_no_text_makes_it_hang(unit):
     assert redact(unit * (200_000 // len(unit))) is not None

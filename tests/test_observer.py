@@ -194,7 +194,8 @@ def test_a_build_that_fails_leaves_nothing(llama, tmp_path):
     assert model.module.config._attn_implementation == own
 
 
-def test_a_loaded_observer_reads_prompts_and_answers_along(llama):
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_loaded_observer_reads_prompts_and_answers_along(llama, forked):
     loaded = load(llama.settings)
     assert loaded.off <= 1e-3
     observer = loaded.observer
@@ -203,14 +204,15 @@ def test_a_loaded_observer_reads_prompts_and_answers_along(llama):
     prompt = observer.template.encode([{"role": "user", "content": "What is a canary?"}]).token_ids
     answers = [llama.ids(n, seed=n) for n in (3, 17, 40)]
 
-    async def follow(answer):
-        stream = await observer.open(prompt)
+    async def follow(stream, answer):
         pieces = [await stream.read(answer[i : i + 3]) for i in range(0, len(answer), 3)]
         stream.close()
         return np.concatenate([stream.scores, *pieces])
 
     async def everybody():
-        return await asyncio.wait_for(asyncio.gather(*map(follow, answers)), 60)
+        first = await observer.open(prompt)
+        others = [first.fork() if forked else await observer.open(prompt) for _ in answers[1:]]
+        return await asyncio.wait_for(asyncio.gather(*map(follow, [first, *others], answers)), 60)
 
     observer.start()
     try:

@@ -233,3 +233,5 @@ def test_the_settings(monkeypatch):
     for wrong in ({"offender_limit": 0}, {"offender_window_s": 0}, {"offender_block_s": -1}):
         with pytest.raises(ConfigInvalid, match=next(iter(wrong))):
             load_settings(**wrong)
+    with pytest.raises(ConfigInvalid, match="'offender_block_s' refuses nobody without 'offender_limit'"):
+        load_settings(offender_block_s=60)

@@ -1,52 +1,28 @@
-"""The admin port beside a data server: its start and end, SIGHUP, its peers, and one real server with both ports."""
+"""The admin port beside a data server: its start, its end, its peers, and one real server with both ports."""
 
 import asyncio
-import contextlib
 import json
-import os
-import re
-import signal
 import socket
-import threading
 import time
 
 import httpx
 import pytest
-import torch
-import uvicorn
 
-from monitor.api import hangup
 from monitor.api.admin.port import check_admin_key
-from monitor.api.app import create_app
 from monitor.api.door import admin_door
 from monitor.api.edge import Edge
-from monitor.api.hangup import reload_all, reload_at_hangup, remember_hangups
-from monitor.api.openai import Service
 from monitor.api.peers import PerMinute, peer_name
-from monitor.api.serve import Server, embedded
-from monitor.api.sinks import Sinks, announce
 from monitor.config import load_settings
-from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.errors import ConfigInvalid
 from monitor.keys import Keys
 from monitor.metrics import Metrics
-from monitor.probe import ProbeWeights
 
-from .admin_port import BEARER, HELLO, KEY, AdminPort, events
-from .conftest import LAYER, calibrated, publish
-from .test_demo import Process
+from .admin_port import HELLO, KEY, AdminPort, events, port  # noqa: F401
+from .both_ports import Both, policy
 from .test_offenders import Clock
 from .test_records import Receiver
 
-
-@pytest.fixture
-def port(tmp_path):
-    one = AdminPort(tmp_path)
-    yield one
-    one.stop()
-
-
-# --- start, stop, SIGHUP ----------------------------------------------------------------------------------------------
+# --- start, stop ------------------------------------------------------------------------------------------------------
 
 
 def test_loopback_by_default_and_no_port_without_a_key():
@@ -81,63 +57,25 @@ def test_it_stops_with_the_server_and_cuts_what_still_runs(tmp_path):
         one.open("GET", "/admin/status")
 
 
-@pytest.fixture
-def hangups():
-    """What becomes of SIGHUP in a test is over with it."""
-    yield
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    hangup._early.clear()
+def test_what_is_wrong_of_the_admin_port_is_said_before_the_model_is_loaded(tmp_path):
+    def opened(**settings):
+        edge = Edge.of(load_settings(**({"audit": tmp_path / "audit.sqlite3"} | settings)), Metrics())
+        with admin_door(edge) as door:
+            return door.listener and door.listener.getsockname()
 
-
-@pytest.mark.usefixtures("hangups")
-def test_a_sighup_that_comes_too_early_is_made_good_for(port):
-    said = []
-
-    async def serve():
-        with reload_at_hangup(port.operations, said.append):
-            while len(said) < 2:
-                await asyncio.sleep(0.01)
-
-    remember_hangups()
-    os.kill(os.getpid(), signal.SIGHUP)
-    asyncio.run(asyncio.wait_for(serve(), 20))
-    assert said == ["SIGHUP: policy: strict", "SIGHUP: keys: 1 keys"]
-    assert port.calls == ["policy reload", "keys reload"]
-
-
-@pytest.mark.usefixtures("hangups")
-def test_sighup_reloads_and_is_on_record(port):
-    said, done = [], threading.Event()
-
-    def say(line):
-        said.append(line)
-        if "keys" in line:
-            done.set()
-
-    async def hangup():
-        with reload_at_hangup(port.operations, say):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert await asyncio.to_thread(done.wait, 20)
-
-    asyncio.run(hangup())
-    os.kill(os.getpid(), signal.SIGHUP)  # while the server stops: this process lives on
-    assert said == ["SIGHUP: policy: strict", "SIGHUP: keys: 1 keys"]
-    assert port.calls == ["policy reload", "keys reload"]
-    assert [(r["actor"], r["method"], r["path"], r["result"]) for r in port.rows()] == [
-        ("signal", "SIGHUP", "policy", "strict"), ("signal", "SIGHUP", "keys", "1 keys"),
-    ]  # fmt: skip
-
-
-def test_a_refused_file_or_log_at_sighup(port):
-    said = []
-    port.policies.error = ConfigInvalid("policy 'x' is not YAML")
-    asyncio.run(reload_all(port.operations, said.append))
-    assert said == ["SIGHUP: policy: refused, the old one stays: policy 'x' is not YAML", "SIGHUP: keys: 1 keys"]
-    assert [r["result"] for r in port.rows()] == ["refused, the old one stays: policy 'x' is not YAML", "1 keys"]
-    port.calls.clear()
-    port.audit._db.execute("PRAGMA query_only=ON")
-    asyncio.run(reload_all(port.operations, said.append))
-    assert (port.calls, ["audit log" in line for line in said[2:]]) == ([], [True, True])
+    assert opened() is None
+    host, free = opened(admin_key=KEY, admin_port=0)
+    assert (host, free > 0) == ("127.0.0.1", True)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigInvalid, match="choose another MIDSTREAM_ADMIN_PORT"),
+    ):
+        opened(admin_key=KEY, admin_port=taken.getsockname()[1])
+    with pytest.raises(ConfigInvalid, match="key of its own"):
+        opened(admin_key=KEY, admin_port=0, api_key=KEY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigInvalid, match="set MIDSTREAM_AUDIT"):
+        opened(audit=tmp_path / "file/audit.sqlite3")
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -165,80 +103,6 @@ def test_the_table_of_peers_is_bounded():
 
 
 # --- beside a real server ---------------------------------------------------------------------------------------------
-
-
-DATA_KEY = "a-data-key-of-this-test"
-HARMFUL = {"model": "tiny-llama", "messages": HELLO["messages"], "max_tokens": 2}
-
-
-def policy(file, mode, threshold=0.0):
-    file.write_text(f"name: {mode}s\nprobes:\n  hair: {{prompt: {{mode: {mode}, threshold: {threshold}}}}}\n")
-    return file
-
-
-def server_settings(model, folder, **settings):
-    """(live, settings) of a server with both ports, whose policy blocks every prompt."""
-    blocks = ProbeWeights("hair", {LAYER: torch.zeros(model.d_model)}, 5.0)
-    return publish(
-        model,
-        [(blocks, {"calibration": calibrated(0.0)})],
-        folder / "store",
-        policy=policy(folder / "policy.yaml", "block"),
-        api_key=DATA_KEY,
-        admin_key=KEY,
-        admin_port=0,
-        records=folder / "records.sqlite3",
-        audit=folder / "audit.sqlite3",
-        **settings,
-    )
-
-
-class Both:
-    """The embedded engine behind both ports, as `serve` starts them, in a thread."""
-
-    def __init__(self, model, folder, **settings):
-        live, self.settings = server_settings(model, folder, **settings)
-        self.said, self._up = [], threading.Event()
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            self.metrics = metrics = Metrics()
-            edge = Edge.of(self.settings, metrics, lambda key: sinks.offenders.refused_for(key))
-            door = stack.enter_context(admin_door(edge))
-            sinks = Sinks(self.settings, metrics)
-            stack.callback(sinks.close)
-            engine = EmbeddedEngine(model, live, self.settings, sinks)
-            stack.callback(engine.stop, 0.0)
-            announce(model.name, live, lambda: 0.0, sinks)
-            service = Service(engine, model.template, self.settings, frozenset({model.name}), 300)
-            app = create_app(service, metrics, engine.readiness, edge)
-            config = uvicorn.Config(app, timeout_graceful_shutdown=5, **edge.server_options())
-            serving = embedded(engine, model.served())
-            self._server = Server(config, engine, door.beside(serving, sinks, self._say))
-            engine.start()
-            self.data = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
-            self.admin_url = f"http://127.0.0.1:{door.listener.getsockname()[1]}/admin/"
-            self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-            self._thread.start()
-            assert self._up.wait(20)
-            self._stack = stack.pop_all()
-
-    def _say(self, line):
-        self.said.append(line)
-        self._up.set()
-
-    def ask(self):
-        headers = {"Authorization": f"Bearer {DATA_KEY}"}
-        return httpx.post(self.data, json=HARMFUL, headers=headers, timeout=60)
-
-    def admin(self, method, path, **kwargs):
-        return httpx.request(method, self.admin_url + path, headers=BEARER, timeout=60, **kwargs)
-
-    def stop(self):
-        """As a signal does it."""
-        self._server.should_exit = True
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-        self._stack.close()
 
 
 @pytest.fixture
@@ -317,69 +181,3 @@ def test_an_offender_is_refused_told_of_and_cleared(tiny, tmp_path, capfd, monke
         with pytest.raises(httpx.ConnectError):
             httpx.get(url)
     print(f"\n3 blocks: 429, {refused.headers['Retry-After']} s; cleared: answered again; notice {lines[3]}")
-
-
-def test_the_command_has_both_ports_and_takes_sighup(tiny, tiny_folder, tmp_path):
-    """As an operator runs it: a process, its settings in a file, one SIGHUP, one SIGTERM."""
-    _, settings = server_settings(tiny, tmp_path)
-    kept = {name: str(getattr(settings, name)) for name in ("store", "policy", "records", "audit")}
-    config = tmp_path / "settings.yaml"
-    config.write_text(
-        json.dumps(kept | {"model": str(tiny_folder), "api_key": DATA_KEY, "admin_key": KEY, "admin_port": 0})
-    )
-    process = Process(tmp_path, "--config", str(config))
-    try:
-
-        def said(pattern):
-            deadline = time.monotonic() + 60
-            while (found := re.search(pattern, (tmp_path / "err.txt").read_text())) is None:
-                assert time.monotonic() < deadline and process.process.poll() is None, pattern
-                time.sleep(0.05)
-            return found[1]
-
-        def ask():
-            key = {"Authorization": f"Bearer {DATA_KEY}"}
-            return httpx.post(process.url + "/v1/chat/completions", json=HARMFUL, headers=key, timeout=60).status_code
-
-        admin = said(r"admin port on (http://127\.0\.0\.1:\d+/admin/)status")
-        statuses = [httpx.get(admin + "status", headers=h).status_code for h in (BEARER, {}, {"X-Api-Key": KEY})]
-        blocked = ask()
-        policy(settings.policy, "flag")
-        process.process.send_signal(signal.SIGHUP)
-        said(r"SIGHUP: (policy: flags\nSIGHUP: keys: 1 keys)")
-        flagged = ask()
-        rows = httpx.get(admin + "audit", headers=BEARER).json()["rows"]
-    finally:
-        process.stop()
-    assert (statuses, blocked, flagged, process.process.returncode) == ([200, 401, 401], 400, 200, 0)
-    assert [(r["actor"], r["path"], r["refused"], r["result"]) for r in rows[::-1]] == [
-        ("admin", "/admin/status", None, "200"),
-        ("unknown", "/admin/status", "no_key", None),
-        ("unknown", "/admin/status", "no_key", None),
-        ("signal", "policy", None, "flags"),
-        ("signal", "keys", None, "1 keys"),
-        ("admin", "/admin/audit", None, None),
-    ]
-    for file in tmp_path.glob("*.txt"):
-        assert KEY not in file.read_text() and DATA_KEY not in file.read_text()
-
-
-def test_what_is_wrong_of_the_admin_port_is_said_before_the_model_is_loaded(tmp_path):
-    def opened(**settings):
-        edge = Edge.of(load_settings(**({"audit": tmp_path / "audit.sqlite3"} | settings)), Metrics())
-        with admin_door(edge) as door:
-            return door.listener and door.listener.getsockname()
-
-    assert opened() is None
-    host, free = opened(admin_key=KEY, admin_port=0)
-    assert (host, free > 0) == ("127.0.0.1", True)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(ConfigInvalid, match="choose another MIDSTREAM_ADMIN_PORT"),
-    ):
-        opened(admin_key=KEY, admin_port=taken.getsockname()[1])
-    with pytest.raises(ConfigInvalid, match="key of its own"):
-        opened(admin_key=KEY, admin_port=0, api_key=KEY)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigInvalid, match="set MIDSTREAM_AUDIT"):
-        opened(audit=tmp_path / "file/audit.sqlite3")

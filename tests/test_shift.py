@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from monitor.api.admin.control import harmless, show_probes
+from monitor.api.admin.control import harmless
 from monitor.config import load_settings
 from monitor.live import load_live
 from monitor.metrics import Metrics
@@ -109,8 +109,7 @@ def test_the_reference_is_what_training_left_beside_the_probe(tiny, tmp_path):
     assert set(found["prompts", Phase.PROMPT]) == {1, LAYER}
     assert found["prompts", Phase.PROMPT][1].n == 300
     metrics = Metrics()
-    metrics.shift.watched = True
-    show_probes(metrics, live)
+    metrics.shift.expect(found)
     for first, second in zip(rows(chance, 100, tiny.d_model), rows(chance, 100, tiny.d_model), strict=True):
         metrics.shift.add(Phase.PROMPT, (1, LAYER), np.stack([first, second]))
     assert 0.5 < gauge(metrics, "prompts") < 1.7 and gauge(metrics, "old") is None

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from monitor.aggregate import Aggregation
 from monitor.config import load_settings
-from monitor.errors import ConfigInvalid, MidstreamError, ProbeInvalid
+from monitor.errors import ConfigInvalid, ProbeInvalid
 from monitor.live import load_live
 from probes_store.card import Canary
 from probes_store.promote import Choice, promote, shadow
@@ -140,12 +141,33 @@ class Late(Store):
         return {}
 
 
-def test_a_publisher_that_comes_late_overwrites_nothing(store, folder):
+def test_a_publisher_that_comes_late_overwrites_nothing_and_takes_the_next_number(store, folder):
     before = contents(store.overlay)
-    with pytest.raises((OSError, MidstreamError)):
-        Late(store.overlay, store.shipped).publish(make_card(), weights(9.0), 9.0)
-    assert contents(store.overlay) == before
-    assert os.listdir(folder.parent) == ["v1"]
+    store.publish(make_card(), weights(2.0), 2.0)
+    assert Late(store.overlay, store.shipped).publish(make_card(), weights(9.0), 9.0).name == "v3"
+    after = contents(store.overlay)
+    assert {name: after[name] for name in before} == before
+    assert sorted(os.listdir(folder.parent)) == ["v1", "v2", "v3"]
+    probe = store.load(MODEL, "demo", "v3")  # whose card says so
+    assert (probe.card.version, probe.bias) == ("v3", 9.0)
+
+
+def test_what_is_published_is_on_the_disk(store, monkeypatch):
+    """Each file before the folder has its name, and the name before anybody can write it into live.json."""
+    synced, sync = [], os.fsync
+
+    def noted(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.append((path, path.stat().st_size if path.is_file() else sorted(os.listdir(path))))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = store.publish(make_card(), weights(), 0.25, b"moments")
+    files = {p.name: size for p, size in synced if isinstance(size, int)}
+    assert files == {p.name: p.stat().st_size for p in folder.iterdir()}
+    folders = [(p.name[:4], names) for p, names in synced if not isinstance(names, int)]
+    assert folders[:2] == [(".new", sorted(files)), ("demo", ["v1"])]
+    assert {p for p, _ in synced} >= {folder.parent, folder.parent.parent, store.overlay}
 
 
 def test_the_shipped_store_is_read_only(tmp_path):

@@ -93,6 +93,19 @@ def test_rows_are_nan_where_the_tap_did_not_write(tiny, bank):
     tap.detach()
 
 
+def test_a_buffer_made_under_inference_mode_can_be_written_outside_of_it(tiny, bank):
+    tap = Tap(tiny.module, bank[0])
+    tiny.module.set_attn_implementation("sdpa")
+    try:
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                tap.begin(3)
+                tiny.module(input_ids=torch.tensor([[1, 2, 3]]))
+                assert np.isfinite(tap.read(3)).all()
+    finally:
+        tap.detach()
+
+
 def test_a_missing_layer_blinds_only_the_probes_that_read_it(bank):
     stacked, _ = bank
     per_layer = torch.ones(3, 4, 2)

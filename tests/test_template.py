@@ -96,6 +96,12 @@ def test_the_hash_changes_with_the_template(demo):
         demo.tokenizer.chat_template = original
 
 
+def test_an_answer_that_says_something_makes_history_of_what_was_asked_whoever_wrote_it(demo):
+    """A client's own too: then `on_history` decides (SECURITY.md, Known limits)."""
+    prompt = demo.template.encode([user("HARM"), {"role": "assistant", "content": "Sure."}, user("go on")])
+    assert texts(demo, prompt)[prompt.newest :] == ["go on" + CLOSING]
+
+
 def test_an_empty_or_trailing_answer_does_not_make_a_request_history(demo):
     """A client writes its own messages: "HARM", then an empty answer, would else be a harmful turn of the past."""
     for messages in (

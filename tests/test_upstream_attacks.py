@@ -94,3 +94,13 @@ def test_every_other_path_leads_nowhere(upstream, proxy):
         assert 400 <= send(proxy, "GET", path, b"", UPGRADES).status_code < 500, path
     assert (len(upstream.asked), len(proxy.sink.records)) == (asked, records)
     print(f"T5, in front of an upstream: {len(elsewhere)} other paths, 5 upgrades, nothing went on")
+
+
+@pytest.mark.parametrize("model", ["\x1b]52;c;aGk=\x07", "far\u202e", "far\nfar", "a" * 200 + "\x9b2J"])
+def test_a_models_name_that_a_terminal_would_act_on_goes_nowhere(upstream, proxy, model):
+    """The client chooses it, and `midstream show` prints it."""
+    asked, records = len(upstream.asked), len(proxy.sink.records)
+    for route, body in (HARMLESS | {"embeddings": {"input": "go"}}).items():
+        response = proxy.post(f"/{route}", body | {"model": model})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "model"), route
+    assert (len(upstream.asked), len(proxy.sink.records)) == (asked, records)

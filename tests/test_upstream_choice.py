@@ -40,8 +40,8 @@ class Judged:
         self.scored += n
 
     async def begin(self):
-        stream = await self.observer.open(self.prompt.token_ids)
-        await self.choice.read_prompt(stream, stream.scores)
+        stream = self.choice.stream = await self.observer.open(self.prompt.token_ids)
+        await self.choice.read_prompt(stream.scores)
         return self.choice
 
 

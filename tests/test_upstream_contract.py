@@ -46,6 +46,12 @@ class WholeStream:
         self._ids += token_ids
         return self._observer.rows(self._ids)[len(self._ids) - len(token_ids) :]
 
+    def fork(self):
+        twin = copy.copy(self)
+        twin._ids = list(self._ids)
+        self._observer.streams.append(twin)
+        return twin
+
     def close(self):
         self.closed = True
 

@@ -98,3 +98,11 @@ def test_an_upstream_beside_vllm_is_refused():
     command = [sys.executable, "-m", "monitor.cli", "serve", "--engine", "vllm", "--upstream", "http://127.0.0.1:9/v1"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "exclude each other" in failed.stderr.strip().splitlines()[-1]
+
+
+def test_a_dtype_that_the_observer_does_not_take_is_refused():
+    values = {"MIDSTREAM_DTYPE": "bfloat16"}
+    command = [sys.executable, "-m", "monitor.cli", "serve", "--port", "0", "--upstream", "http://127.0.0.1:9/v1"]
+    failed = subprocess.run(command, env=os.environ | values, capture_output=True, text=True, timeout=120)
+    last = failed.stderr.strip().splitlines()[-1]
+    assert failed.returncode == 2 and "'dtype' has value 'bfloat16'" in last and "is float32; unset" in last

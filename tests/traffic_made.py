@@ -11,7 +11,7 @@ import torch
 
 from monitor.config import load_settings
 from monitor.template import POSITION_RULE
-from monitor.traffic import Label, TrafficLog, add_label
+from monitor.traffic import Cipher, Label, Said, TrafficLog, add_label
 from monitor.traffic.features import Feature, write_features
 from monitor.types import Action, Phase
 from probes_store.base import Base
@@ -74,32 +74,33 @@ class World:
             out[index] = turn[LAYER].mean(0).double().numpy()
         return out
 
-    def serve(self, of, label=None, q=1.0, reason="uniform", key=None):
+    def serve(self, of, label=None, q=1.0, reason="uniform", key=None, choices=1):
         """Texts were asked, and their features kept; label: what a person said of each, None: nothing."""
         log, kept = TrafficLog(self.settings.records, 10**6, 10**6, lambda n: None), []
         ids = []
         for text, vector in zip(of, self.features(of), strict=True):
             self.n += 1
             request_id, tenant = f"r{self.n}", key if key is not None else f"key-{self.n % self.tenants}"
-            log.put(replace(record(request_id, verdict=Action.FLAG), key=tenant, created=2e9 + self.n))
-            kept.append(
-                Feature(
-                    request_id,
-                    0,
-                    tenant,
-                    2e9 + self.n,
-                    Phase.PROMPT,
-                    q,
-                    reason,
-                    self.tiny.fingerprint,
-                    self.tiny.template.hash,
-                    POSITION_RULE,
-                    len(text),
-                    (LAYER,),
-                    vector.astype(np.float16)[None],
-                    0.0 if reason == "near" else RATE,
+            for choice in range(choices):
+                log.put(replace(record(request_id, choice, Action.FLAG), key=tenant, created=2e9 + self.n))
+                kept.append(
+                    Feature(
+                        request_id,
+                        choice,
+                        tenant,
+                        2e9 + self.n,
+                        Phase.PROMPT,
+                        q,
+                        reason,
+                        self.tiny.fingerprint,
+                        self.tiny.template.hash,
+                        POSITION_RULE,
+                        len(text),
+                        (LAYER,),
+                        vector.astype(np.float16)[None],
+                        0.0 if reason == "near" else RATE,
+                    )
                 )
-            )
             ids.append(request_id)
         log.close()
         write_features(self.settings.features, kept)
@@ -107,6 +108,20 @@ class World:
             for i, request_id in enumerate(ids):
                 add_label(self.settings.log, request_id, 0, label, "somebody", lambda i=i: 2e9 + self.n + i)
         return ids
+
+    def say(self, of, label=None, choices=1):
+        """As `serve`, of a server that keeps texts and no features."""
+        log = TrafficLog(self.settings.records, 10**6, 10**6, lambda n: None, cipher=Cipher(self.settings.log_key))
+        for text in of:
+            self.n += 1
+            for choice in range(choices):
+                asked = replace(record(f"r{self.n}", choice, Action.FLAG), key=f"key-{self.n % self.tenants}")
+                log.put(replace(asked, created=2e9 + self.n))
+            body = {"messages": [{"role": "user", "content": text}]}
+            log.say(Said(f"r{self.n}", body, dict.fromkeys(range(choices), "an answer")))
+        log.close()
+        for i in range(len(of)) if label is not None else ():
+            add_label(self.settings.log, f"r{self.n - i}", 0, label, "somebody", lambda: 2e9 + self.n)
 
     def frozen(self, n=400, m=80):
         import json

@@ -27,7 +27,7 @@ from training.gate import decide
 from training.load import read_prompts, stem
 from training.metrics import Array
 from training.progress import progress
-from training.trained import Trained, beyond_recipe
+from training.trained import Trained, beyond_recipe, seen_files
 
 _RERUN = 32
 """Rows scored once more, each alone in its pass."""
@@ -171,13 +171,16 @@ def _trained_on(probe: StoredProbe, folder: Path | None) -> Trained | None:
     return trained
 
 
-def refuse_fitted(probe: StoredProbe, described: Sequence[DataFile]) -> None:
-    """raises: ConfigInvalid for a file that it was fitted on beside its recipe, as its card says"""
-    beyond = beyond_recipe(probe.card)
+def refuse_fitted(probe: StoredProbe, described: Sequence[DataFile], recipe: bool = False) -> None:
+    """recipe: files of its recipe are refused too; else only those beside it, whose rows are in no part of the recipe
+
+    raises: ConfigInvalid for a file that it was fitted on, as its card says
+    """
+    seen = seen_files(probe.card) if recipe else beyond_recipe(probe.card)
     for file in described:
-        if file.sha256 in beyond:
+        if file.sha256 in seen:
             raise ConfigInvalid(
-                f"{_named(probe)} was fitted on {file.file}, as its card says; it can't be judged on it"
+                f"{_named(probe)} was fitted on {file.file}, or calibrated, as its card says; it can't be judged on it"
             )
 
 

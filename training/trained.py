@@ -64,6 +64,12 @@ def recipe_of(card: Card) -> Recipe | None:
         return None
 
 
+def seen_files(card: Card) -> set[str]:
+    """sha256 of the files that were fitted or calibrated on, a part of them or all; those of an older card, which does
+    not say, too."""
+    return {file.sha256 for file in card.data if not file.used or any(file.used.get(part) for part in _SEEN)}
+
+
 def beyond_recipe(card: Card) -> set[str]:
     """sha256 of the files that were fitted on beside the recipe's, as `midstream retrain` does: their rows are in no
     part."""

@@ -48,7 +48,8 @@ def reload_at_hangup(operations: Operations, say: Say) -> Iterator[None]:
 
 
 async def reload_all(operations: Operations, say: Say) -> None:
-    """Policy and keys, each an audit row by actor `signal`; a file that is refused changes nothing."""
+    """Policy and keys, each an audit row by actor `signal`; a file that is refused changes nothing, and whatever
+    becomes of the one, the other is read."""
 
     def keys() -> str:
         return f"{operations.keys.reload()} keys"
@@ -64,6 +65,8 @@ async def _audited(audit: Audit, what: str, act: Callable[[], str]) -> str:
             result = act()
         except MidstreamError as error:
             result = f"refused, the old one stays: {error}"
+        except Exception as error:  # a fault of ours: the next file is read all the same
+            result = f"failed: {type(error).__name__}: {error}"
         await asyncio.to_thread(audit.ended, row, result)
     except AuditFailed as error:
         return str(error)

@@ -25,8 +25,8 @@ class Heard:
             return
         *lines, self._rest = (self._rest + body).split(b"\n")
         for line in lines:
-            if line.startswith(b"data: "):
-                self._add(line[6:])
+            if line.startswith(b"data:"):  # a space may follow, which JSON overlooks
+                self._add(line[5:])
 
     def texts(self) -> dict[int, str]:
         """Of each choice of which something went out."""
@@ -50,19 +50,22 @@ def _said(content: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     for choice in _objects(content.get("choices")):
         index = choice.get("index", 0)
         message = _object(choice.get("delta")) or _object(choice.get("message"))
-        for text in (choice.get("text"), message.get("content"), message.get("reasoning_content")):
+        thought, again = message.get("reasoning_content"), message.get("reasoning")  # some spell it twice
+        for text in (choice.get("text"), message.get("content"), thought, None if again == thought else again):
             yield index, text
         for call in _objects(message.get("tool_calls")):
             yield index, _object(call.get("function")).get("arguments")
     kind, delta = content.get("type"), content.get("delta")
-    if kind == "response.output_text.delta":
-        yield 0, delta
+    if isinstance(kind, str) and kind.startswith("response.") and kind.endswith(".delta"):
+        yield 0, delta  # text, reasoning, the arguments of a call
     elif kind == "content_block_delta":
         yield 0, _object(delta).get("text") or _object(delta).get("partial_json")
     elif kind == "message" or content.get("object") == "response":
         for item in [content] if kind == "message" else _objects(content.get("output")):
-            for part in _objects(item.get("content")):
+            for part in (*_objects(item.get("summary")), *_objects(item.get("content"))):
                 yield 0, part.get("text")
+            for text in (item.get("arguments"), item.get("input")):
+                yield 0, text
 
 
 def _object(value: Any) -> dict[str, Any]:

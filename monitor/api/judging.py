@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -14,6 +15,7 @@ from monitor.config import Settings
 from monitor.template import ChatTemplate, Message
 from monitor.types import Caller, Prompt, Record, Scorer
 
+T = TypeVar("T")
 _AT_ONCE = 4
 
 
@@ -67,16 +69,7 @@ class Session:
         raises: RequestInvalid or Overloaded of the first that fails, the others are then stopped; ApiError 499 if the
         client leaves
         """
-        work = asyncio.create_task(self._all(jobs))
-        leaving = asyncio.create_task(self._left())
-        try:
-            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            raise ApiError(499, "the client has left")
-        finally:
-            work.cancel()
-            leaving.cancel()
+        return await unless_gone(self._http, self._all(jobs))
 
     async def _all(self, jobs: Sequence[Job]) -> list[Record]:
         gate = asyncio.Semaphore(_AT_ONCE)
@@ -92,9 +85,23 @@ class Session:
             raise failed.exceptions[0] from failed
         return [task.result() for task in tasks]
 
-    async def _left(self) -> None:
-        while (await self._http.receive())["type"] != "http.disconnect":
+
+async def unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; ended, with all it has open, if the client leaves before. raises: ApiError 499 then"""
+
+    async def left() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
             continue
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client has left")
+    finally:
+        leaving.cancel()
+        working.cancel()
 
 
 def _ids(own: str) -> Iterator[str]:

@@ -25,6 +25,8 @@ class Rate:
             (self._item,) = limits.parse_many(text)
         except ValueError as error:
             raise ConfigInvalid(f"rate_per_key {text!r} is not a rate; write it like '600/minute'") from error
+        if self._item.amount < 1:
+            raise ConfigInvalid(f"rate_per_key {text!r} lets nobody ask; write it like '600/minute', or unset it")
         self._window = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def take(self, key: str) -> float | None:

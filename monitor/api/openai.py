@@ -61,8 +61,9 @@ def openai_routes(service: Service) -> APIRouter:
     @routes.post("/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
         given = body.prompts()
-        if not 0 < len(given) <= settings.max_prompts:
-            raise ApiError(400, f"prompt has {len(given)} entries; send 1 to {settings.max_prompts}", param="prompt")
+        most = min(settings.max_prompts, settings.max_sequences + settings.max_queue)  # more never find room at once
+        if not 0 < len(given) <= most:
+            raise ApiError(400, f"prompt has {len(given)} entries; send 1 to {most}", param="prompt")
         for ids in given:
             if not isinstance(ids, str) and len(ids) > engine.max_model_len:
                 raise ApiError(

@@ -28,12 +28,12 @@ from monitor.config import Settings
 from monitor.engines.embedded.engine import EmbeddedEngine
 from monitor.engines.embedded.model import LoadedModel, load_model
 from monitor.engines.embedded.scorer import EmbeddedScorer
-from monitor.live import LiveProbes, ServedModel, load_live
+from monitor.live import LiveProbes, ServedModel, load_live, names_of
 from monitor.metrics import Metrics
 from monitor.metrics.expose import pulse
 from monitor.metrics.processes import shared_folder
 from monitor.types import Format, Phase
-from probes_store.store import Store, model_slug
+from probes_store.store import Store
 
 EXIT_ENGINE_DIED = 3
 _ROUTES: dict[Format, str] = {"chat": "chat", "raw": "completions"}
@@ -102,12 +102,12 @@ def serve(settings: Settings) -> int:
         features = sinks.keep_features(settings, model.served())
         engine = EmbeddedEngine(model, live, settings, sinks, died, None if features is None else features.offer)
         stack.callback(engine.stop, 0.0)
-        off = live.check_canaries(model.template, engine.prefill, settings.canary_tolerance)
+        off = engine.check_canaries()
         if features is not None:
             features.attach(engine.rereading)
         announce(model.name, live, lambda: engine.describe()["active"], sinks)
         metrics.read("waiting_prompts", lambda: engine.describe()["waiting"])
-        names = frozenset({settings.model, model.name, model_slug(model.name)})
+        names = frozenset(names_of(model.served(), settings))
         vocabulary = model.module.config.get_text_config().vocab_size
         service = Service(engine, model.template, settings, names, vocabulary)
         judging = Judging(EmbeddedScorer(engine), model.template, settings, model.name)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from monitor.api.admin.control import show_probes
+from monitor.api.admin.control import harmless, show_probes
 from monitor.api.admin.feed import Feed
 from monitor.api.features import feature_log, retention
 from monitor.api.spans import Spans
@@ -106,9 +106,11 @@ class Sinks:
 
 
 def announce(model: str, live: LiveProbes, active: Callable[[], float], sinks: Sinks) -> None:
-    """Metrics of what serves. active: sequences in the engine"""
+    """Metrics of what serves. active: sequences in the engine. raises: ProbeInvalid, see `harmless`"""
     metrics = sinks.metrics
     metrics.model = model
     show_probes(metrics, live)
+    if metrics.shift.watched:
+        metrics.shift.expect(harmless(live))
     metrics.read("active_sequences", active)
     metrics.read("record_queue_depth", lambda: sinks.traffic.depth)

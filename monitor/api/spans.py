@@ -27,10 +27,13 @@ OPERATIONS: Mapping[str, str] = {
     "/v1/completions": "text_completion",
     "/v1/responses": "chat",
     "/v1/messages": "chat",
+    "/v1/embeddings": "embeddings",
     "/v1/moderations": "moderation",
     "/beta/litellm_basic_guardrail_api": "moderation",
 }
 """gen_ai.operation.name by route. A path that is none of these is the client's own text, and in no span."""
+_GENERATE_NOTHING = ("embeddings", "moderation")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CONTEXT = (b"traceparent", b"tracestate")
 _COUNTS = tuple(f.name for f in dataclasses.fields(Coverage) if f.name != "causes")
 _GRACE_S = 3.0
@@ -106,12 +109,14 @@ class Spans:
         given = [(k.decode(), v.decode("latin-1")) for k, v in scope["headers"] if k in CONTEXT]
         twice = sum(k == "traceparent" for k, _ in given) > 1
         operation = OPERATIONS.get(scope["path"], "")
-        attributes = {"http.request.method": scope["method"], "midstream.request_id": request_id}
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        attributes = {"http.request.method": method, "midstream.request_id": request_id}
         if operation:
             attributes |= {"http.route": scope["path"], "gen_ai.operation.name": operation}
             attributes |= {"gen_ai.provider.name": "midstream", "gen_ai.response.id": request_id}
+        # Collectors group by name, so it is one of a few: the model, which the conventions append, a client may choose.
         span = self._tracer.start_span(
-            operation or scope["method"],
+            operation or method,
             self._w3c.extract({} if twice else _joined(given)),
             self._trace.SpanKind.SERVER,
             attributes,
@@ -199,7 +204,6 @@ def describe(opened: Open) -> None:
     """What the records say, as attributes and events of the span. At least one record."""
     span, records = opened.span, sorted((r for _, r in opened.records), key=lambda r: r.index)
     worst = max(records, key=lambda r: SEVERITY[r.verdict])
-    span.update_name(f"{opened.operation} {worst.model}".strip())
     attributes: dict[str, Any] = {
         "gen_ai.request.model": worst.model,
         "midstream.decision": worst.verdict.value,
@@ -207,7 +211,7 @@ def describe(opened: Open) -> None:
     }
     for name in _COUNTS:
         attributes[f"midstream.coverage.{name}"] = sum(getattr(r.coverage, name) for r in records)
-    if opened.operation != "moderation":  # which generates nothing
+    if opened.operation not in _GENERATE_NOTHING:
         attributes["gen_ai.response.finish_reasons"] = [r.finish for r in records]
         attributes["gen_ai.usage.output_tokens"] = sum(r.released_tokens for r in records)
         if len(records) == 1 or records[0].route in ("chat", "responses", "messages"):  # one prompt, counted once

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from monitor.cli import (
     evaluate,
@@ -26,11 +22,14 @@ from monitor.cli import (
     probe,
     retrain,
     review,
+    score,
     select,
+    show,
     top,
     train,
 )
-from monitor.config import DEMO_MODEL, Settings, load_settings
+from monitor.cli.options import Config, Model, StoreFolder
+from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid, MidstreamError
 from monitor.types import Mode, Phase
 
@@ -55,13 +54,12 @@ app.command("harvest", context_settings={"allow_extra_args": True, "ignore_unkno
 app.add_typer(log.app, name="log")
 app.command("retrain")(retrain.retrain)
 app.command("review")(review.review)
+app.command("score")(score.score)
 app.command("select")(select.select)
+app.command("show")(show.show)
 app.command("top")(top.top)
 app.command("train")(train.train)
 app.add_typer(observer.app, name="observer")
-Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _modes(given: list[str] | None) -> dict[str, dict[Phase, Mode]] | None:
@@ -93,7 +91,7 @@ def serve(
     mode: Annotated[list[str] | None, typer.Option(help="PROBE.PHASE=shadow|flag|block; repeat it.")] = None,
     target_fpr: Annotated[float | None, typer.Option(help="Benign requests that may be blocked.")] = None,
     on_flag_webhook: Annotated[str | None, typer.Option(help="POST each flag and block there.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    store: StoreFolder = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     allow_untested_vllm: Annotated[bool | None, typer.Option("--allow-untested-vllm")] = None,
 ) -> None:
@@ -125,7 +123,7 @@ def check(
     engine: Annotated[str, typer.Option(help="vllm; its arguments may follow.")] = "vllm",
     model: Model = None,
     config: Config = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    store: StoreFolder = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     allow_untested_vllm: Annotated[bool | None, typer.Option("--allow-untested-vllm")] = None,
 ) -> None:
@@ -173,130 +171,6 @@ def _need(package: str, remedy: str) -> None:
 
     if find_spec(package) is None:
         raise ConfigInvalid(remedy)
-
-
-@app.command()
-def show(
-    request_id: Annotated[str, typer.Argument(help="From x-midstream-request-id, or a completion's id.")],
-    config: Config = None,
-    as_json: Json = False,
-) -> None:
-    """Why a request was flagged or blocked: values, thresholds, versions, and the positions that decided."""
-    from monitor.traffic import find_records
-
-    key = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    records = find_records(load_settings(config).log, key)
-    if not records:
-        raise ConfigInvalid(f"no record of request {request_id!r}; it may be older than the log keeps")
-    if as_json:
-        print(json.dumps(records))
-        return
-    for record in records:
-        _show(Console(), record)
-
-
-def _show(console: Console, record: dict[str, Any]) -> None:
-    coverage = record["coverage"]
-    console.print(
-        f"[bold]{record['request_id']}[/] choice {record['index']} · {record['route']} · {record['model']} · "
-        f"policy {record['policy']}{', key ' + record['key'] if record['key'] else ''}\n"
-        f"verdict [bold]{record['verdict']}[/], finish {record['finish']}, "
-        f"{record['released_tokens']} of {coverage['response_tokens']} answer tokens released\n"
-        f"scored {coverage['prompt_scored']} prompt + {coverage['response_scored']} answer tokens, "
-        f"{coverage['final_unscored']} last token unscored, {coverage['unmonitored']} unmonitored"
-        # A record of an earlier version doesn't say; what it had was the engine's.
-        f"{', read by the observer' if record.get('scored_by') == 'observer' else ''}",
-        highlight=False,
-    )
-    table = Table()
-    for column in (
-        "probe",
-        "version",
-        "phase",
-        "mode",
-        "value",
-        "threshold",
-        "verdict",
-        "crossed at",
-        "highest token",
-    ):
-        table.add_column(column)
-    acted = {r["probe"] for r in record["readings"] if r["action"] != "allow" or r["would_block"]}
-    for r in record["readings"]:
-        if r["mode"] == "shadow" and r["threshold"] is None and r["action"] == "allow":
-            continue  # it is not calibrated there: its value says nothing
-        peak = "-" if r["peak_position"] is None else f"{r['peak_score']:.3f} at {r['peak_position']}"
-        crossed = "-" if r["crossed_at"] is None else str(r["crossed_at"])
-        verdict = r["action"] + (" (would act)" if r["would_block"] and r["action"] == "allow" else "")
-        table.add_row(
-            r["probe"],
-            r["version"],
-            r["phase"],
-            r["mode"],
-            _number(r["value"]),
-            _number(r["threshold"]),
-            verdict,
-            crossed,
-            peak,
-        )
-    console.print(table)
-    for asked in record["escalations"]:
-        said = f"{asked['value']:.3f} at position {asked['position']}; the second judge: {_number(asked['second'])}"
-        console.print(f"{asked['probe']}, {asked['phase']}, uncertain: {said}: {asked['result']}", highlight=False)
-    for name, scores in record["token_scores"].items():
-        if name not in acted:
-            continue
-        spans = [*record["counted"], [coverage["prompt_tokens"], len(scores)]]
-        positions = [p for start, end in spans for p in range(start, min(end, len(scores)))]
-        ranked = sorted(((p, scores[p]) for p in positions), key=lambda item: -item[1])[:8]
-        console.print(f"{name}: highest positions " + ", ".join(f"{p}: {s:.2f}" for p, s in ranked), highlight=False)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-@app.command()
-def score(
-    text: Annotated[str, typer.Argument(help="A user's message.")],
-    model: Model = None,
-    config: Config = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
-    tokens: Annotated[bool, typer.Option(help="Each token's score, coloured.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Score one message as a prompt, without generating."""
-    from monitor.scoring import score_text
-
-    scored = score_text(load_settings(config, model=model, store=store), text)
-    if as_json:
-        print(json.dumps(scored.as_dict()))
-        return
-    console = Console()
-    table = Table()
-    for column in ("probe", "version", "value", "probability", "threshold", "verdict"):
-        table.add_column(column)
-    for row in scored.rows:
-        threshold = "-" if row.threshold is None else f"{row.threshold:.3f}"
-        table.add_row(row.probe, row.version, f"{row.value:.3f}", f"{row.probability:.3f}", threshold, row.verdict)
-    console.print(table)
-    if tokens:
-        for row in scored.rows:
-            console.print(Text.assemble(f"{row.probe}: ", *_coloured(scored.tokens, row.token_scores)))
-
-
-def _coloured(tokens: list[str], scores: list[float | None]) -> list[tuple[str, str]]:
-    """Green below 0, red above, stronger with distance; grey where a position does not count."""
-    parts = []
-    for token, value in zip(tokens, scores, strict=True):
-        shown = token.replace("\n", "⏎")
-        if value is None:
-            parts.append((shown, "dim"))
-        else:
-            level = min(255, 60 + int(abs(value) * 40))
-            colour = f"rgb({level},30,30)" if value > 0 else f"rgb(20,{level // 2},40)"
-            parts.append((f"{shown}[{value:+.1f}] ", f"white on {colour}"))
-    return parts
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from monitor.cli.options import Config, Model, StoreFolder
 from monitor.config import load_settings
 
 _COLOUR = {True: "[green]met[/]", False: "[red]missed[/]", None: "-"}
@@ -28,9 +29,9 @@ def evaluate(
     requests_per_day: Annotated[float, typer.Option(min=0, help="For the expected false alarms.")] = 100_000,
     rows: Annotated[int, typer.Option(min=20, help="Most rows of a set; more are drawn from by chance.")] = 750,
     attacks: Annotated[bool, typer.Option(help="Attacks and long texts too; they take half of the time.")] = True,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    model: Model = None,
+    config: Config = None,
+    store: StoreFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Report on a probe: every set at one global threshold, with intervals, floors, attacks and long texts.

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from monitor.cli.options import Config, Json, Model, StoreFolder
 from monitor.config import load_settings
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ def gate(
     target_fpr: Annotated[
         float | None, typer.Option(min=1e-6, max=0.5, help="Of prompts. Default: half of the settings' target_fpr.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    model: Model = None,
+    config: Config = None,
+    store: StoreFolder = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the candidate's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare a probe with the live one and with the text floor, on frozen rows that it has not seen.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from monitor.cli.options import Config, Json, Model
 from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid
 
@@ -51,9 +52,9 @@ def harvest(
         bool, typer.Option("--statistics", help="Also write statistics-POOLING.safetensors.")
     ] = False,
     engine: Annotated[Engine, typer.Option(help="vllm takes vLLM's arguments too.")] = Engine.embedded,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Model = None,
+    config: Config = None,
+    as_json: Json = False,
     *,
     context: typer.Context,
 ) -> None:

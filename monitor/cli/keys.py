@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
+from monitor.cli.options import Config, Json
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.keys import create_key, read_keys, revoke_key
 
 app = typer.Typer(no_args_is_help=True, help="Keys of the data routes. A running server reads them again on SIGHUP.")
 File = Annotated[Path | None, typer.Option("--keys", help="YAML file of names and digests. Default: the setting keys.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
 
 
 def _file(given: Path | None, config: Path | None) -> Path:
@@ -38,7 +38,7 @@ def create(name: str, keys: File = None, config: Config = None) -> None:
 def list_names(
     keys: File = None,
     config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """The names of the keys."""
     names = list(read_keys(_file(keys, config)))

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from monitor.config import DEMO_MODEL, Settings, load_settings
+from monitor.cli.options import Config, Json, Model, StoreFolder
+from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from monitor.types import Prompt
     from training.lens import Lens
 
-Model = Annotated[str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="Folder of your own probes.")]
 
 experiment = typer.Typer(no_args_is_help=True, help="Experiments that explain the method.")
 
@@ -54,7 +52,7 @@ def lens(
     probes: Annotated[bool, typer.Option(help="Read the probes too.")] = True,
     config: Config = None,
     store: StoreFolder = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     if text == "-":
         text = sys.stdin.read()
@@ -122,7 +120,7 @@ def _verdicts(live: LiveProbes, prompt: Prompt, lens: Lens) -> list[str]:
     from monitor.sequence import Watch
     from monitor.types import Phase
 
-    watch = Watch(prompt, live.rules[prompt.format])
+    watch = Watch(prompt, live.rules[prompt.format], live.default.second)
     watch.advance(0, lens.scores)
     lines = []
     for r in (r for r in watch.readings() if r.phase is Phase.PROMPT):

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from monitor.cli.options import Json
+
 if TYPE_CHECKING:
     from training.lint import Finding
 
@@ -19,7 +21,7 @@ _SHOWN = 10
 def lint(
     files: Annotated[list[str], typer.Argument(help="JSONL, CSV, Parquet or hf://OWNER/NAME@COMMIT/FILE.")],
     against: Annotated[list[str] | None, typer.Option(help="An evaluation file, for overlap alone; repeat it.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find repeats, contradictions, overlap with evaluation files, and shortcuts that give the label away.
 

@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from monitor.audit import Audit
+from monitor.cli.options import Config, Json, Model, StoreFolder
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid, MidstreamError
 
 if TYPE_CHECKING:
     from probes_store.store import Store
-
-Model = Annotated[str | None, typer.Option(help="Whose probes. Default: the model that comes along.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-Folder = Annotated[Path | None, typer.Option("--store", help="Folder of your own probes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def shelf_of(model: str | None, config: Path | None, store: Path | None) -> tuple[Store, str]:
@@ -43,7 +39,7 @@ def promote(
     ] = False,
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Make a version live, in running servers too, once it verifies there. The one before is kept for rollback."""
@@ -60,7 +56,7 @@ def shadow(
     none: Annotated[bool, typer.Option("--none", help="Serve no candidate of this probe.")] = False,
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Serve a version in shadow beside the live one: it is read and counted as NAME@VERSION, and does nothing."""
@@ -81,7 +77,7 @@ def rollback(
     name: Annotated[str, typer.Argument(help="The probe.")],
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Go back to the version that was live before the last promotion."""

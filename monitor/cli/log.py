@@ -6,13 +6,13 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from monitor.audit import Audit
+from monitor.cli.options import Config, Json
 from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid
 from monitor.traffic import Cipher, counts, erase, erase_each, erase_texts, erased_from, find_said
@@ -20,8 +20,6 @@ from monitor.traffic.features import erase_features
 from monitor.traffic.labelling import request_key
 
 app = typer.Typer(no_args_is_help=True, help="The traffic log: counts, kept texts, and erasing.")
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("status")

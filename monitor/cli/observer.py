@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from monitor.cli.options import Config, Model, StoreFolder
 from monitor.config import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, help="The model that reads along with an endpoint which can't be tapped.")
-Model = Annotated[str | None, typer.Option(help="Model folder or hub id. Default: the model that comes along.")]
-Config = Annotated[Path | None, typer.Option(help="YAML settings file.")]
-Folder = Annotated[Path | None, typer.Option("--store", help="Folder of your own probes.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="int8 weights: faster, and scores differ a little.")]
 
 Probes = Annotated[list[str] | None, typer.Option(help="NAME@VERSION to be promoted or shadowed, may repeat.")]
@@ -23,7 +20,7 @@ Probes = Annotated[list[str] | None, typer.Option(help="NAME@VERSION to be promo
 
 @app.command()
 def build(
-    model: Model = None, config: Config = None, store: Folder = None, int8: Int8 = False, probe: Probes = None
+    model: Model = None, config: Config = None, store: StoreFolder = None, int8: Int8 = False, probe: Probes = None
 ) -> None:
     """Export the model up to the last block that a live probe reads, and check it against the probes' canaries.
 
@@ -41,7 +38,7 @@ def build(
 
 
 @app.command()
-def check(model: Model = None, config: Config = None, store: Folder = None, int8: Int8 = False) -> None:
+def check(model: Model = None, config: Config = None, store: StoreFolder = None, int8: Int8 = False) -> None:
     """Load the built observer as the proxy does, score the canaries, and print what was found."""
     _check(load_settings(config, model=model, store=store), int8)
 

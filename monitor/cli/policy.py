@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from monitor.cli.options import Config, Json, StoreFolder
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.policy.file import PolicyFile, When, load_policy
@@ -38,12 +39,12 @@ def _group() -> None:
 def check(
     file: Annotated[Path, typer.Argument(help="YAML policy file.")],
     model: Annotated[str | None, typer.Option(help="Whose probes it is for.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of your own probes.")] = None,
+    config: Config = None,
+    store: StoreFolder = None,
     per_day: Annotated[
         float | None, typer.Option(min=0, help="Benign requests a day: how many of them may be flagged or blocked.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Validate a policy file against the live probes, and print every threshold with the rate it is certified for."""
     settings = load_settings(config, model=model, store=store)
@@ -115,7 +116,7 @@ def _by_length(calibration: Calibration | None, rule: Rule) -> list[dict[str, An
 
 def _table(file: PolicyFile, policy: Policy, rows: list[dict[str, Any]]) -> Table:
     terms = policy.terms
-    whom = next((_whom(when) for name, when, _ in file.overrides if name == terms.policy), "everybody else")
+    whom = next((_whom(o.when) for o in file.overrides if o.name == terms.policy), "everybody else")
     does = [
         "a blocked prompt gets " + ("400" if terms.refusal is None else "a refusal"),
         "a blocked answer is " + ("cut" if terms.replacement is None else "replaced"),

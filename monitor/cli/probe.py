@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from monitor.cli.live import Config, Folder, Json, Model, promote, rollback, shadow, shelf_of
+from monitor.cli.live import promote, rollback, shadow, shelf_of
+from monitor.cli.options import Config, Json, Model, StoreFolder
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 
@@ -37,7 +38,7 @@ def _find(shelf: Store, model: str, reference: str) -> StoredProbe:
 
 
 @app.command("list")
-def list_probes(model: Model = None, config: Config = None, store: Folder = None, as_json: Json = False) -> None:
+def list_probes(model: Model = None, config: Config = None, store: StoreFolder = None, as_json: Json = False) -> None:
     """List the probes in the store for a model."""
     shelf, slug = shelf_of(model, config, store)
     live, names = shelf.live(slug), shelf.probes(slug)
@@ -76,7 +77,7 @@ def show(
     reference: Reference,
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the model card that push uploads.")] = False,
 ) -> None:
@@ -121,7 +122,7 @@ def diff(
     b: Reference,
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Compare two versions: fields, data, figures, thresholds, and the angle between their weights."""
@@ -167,7 +168,7 @@ def export(
     onnx: Annotated[Path, typer.Option(help="The file to write.")],
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Write a probe as an ONNX graph, checked against torch."""
     from probes_store.export import export as write
@@ -185,7 +186,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
     model: Model = None,
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Upload a probe and its model card to a Hugging Face repository, in one commit."""
     from probes_store import hub
@@ -199,7 +200,7 @@ def push(
 def pull(
     address: Annotated[str, typer.Argument(help="OWNER/NAME@COMMIT.")],
     config: Config = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Fetch a probe of a Hugging Face repository, verify it and put it in the store. What is live stays live."""
     from probes_store import hub

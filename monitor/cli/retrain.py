@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from monitor.audit import Audit
+from monitor.cli.options import Config, Model, StoreFolder
 from monitor.config import Settings, load_settings
 from monitor.errors import ConfigInvalid, MidstreamError
 
@@ -36,9 +37,9 @@ def retrain(
         float | None, typer.Option(min=1e-6, max=0.5, help="Of prompts. Default: half of the settings' target_fpr.")
     ] = None,
     nice: Annotated[int, typer.Option(min=0, max=19, help="Give way to other processes by so much.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    config: Annotated[str | None, typer.Option(help="YAML settings file.")] = None,
-    store: Annotated[str | None, typer.Option(help="Folder of your own probes.")] = None,
+    model: Model = None,
+    config: Config = None,
+    store: StoreFolder = None,
 ) -> None:
     """Go on from the live version with the labels that it has not seen. Whatever the gate says, but for DEGRADED, the
     result is published and is the candidate: read in shadow, promoted by nobody but you.
@@ -46,13 +47,9 @@ def retrain(
     Exit codes, as `midstream gate`: 0 PASS, 10 THRESHOLD STALE, 11 DEGRADED (then nothing is published),
     12 INCONCLUSIVE, 2 if there is nothing to train on. With --schedule it stays, and prints what became of each.
     """
-    from pathlib import Path
-
     every = None if schedule is None else seconds(schedule)
     os.nice(nice)
-    settings = load_settings(
-        None if config is None else Path(config), model=model, store=None if store is None else Path(store)
-    )
+    settings = load_settings(config, model=model, store=store)
     target = settings.target_fpr / 2 if target_fpr is None else target_fpr
     rows = tuple(frozen or settings.retrain_frozen)
     if every is None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import getpass
 import json
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from monitor.cli.options import Config, Json
 from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
+from monitor.terminal import plain
 from monitor.traffic import Label, Where, add_label, count_unlabelled, unlabelled
 from monitor.traffic.labelling import decided, listed, only_choice, request_key, signed
 
@@ -23,8 +24,8 @@ def review(
     label: Annotated[Label | None, typer.Option(help="What it was.")] = None,
     by: Annotated[str | None, typer.Option(help="Who says so. Default: who is logged in.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many to list.")] = 20,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Config = None,
+    as_json: Json = False,
 ) -> None:
     """List the newest flags and blocks that nobody has labelled, or label one of them. Neither shows any text."""
     records = load_settings(config).log
@@ -73,4 +74,4 @@ def _label(records: Where, key: str, choice: int | None, label: Label, by: str, 
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(plain(line), highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monitor.cli.harvest import blocks as read_blocks
+from monitor.cli.options import Config, Json, Model
 from monitor.config import load_settings
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def select(
         list[float] | None, typer.Option(min=1e-9, help="Of logistic; repeat it. Default: 0.003, 0.03.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for everything that was tried, as JSON.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Model = None,
+    config: Config = None,
+    as_json: Json = False,
 ) -> None:
     """Rank blocks, families and strengths by data sets that the fit has not seen: recall at 1 % FPR first.
 

@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from monitor.config import DEMO_MODEL, load_settings
+from monitor.cli.options import Config, Model
+from monitor.config import load_settings
 
 
 def train(
-    model: Annotated[
-        str | None, typer.Option(help=f"Model folder or hub id. Default: {DEMO_MODEL}, which comes along.")
-    ] = None,
+    model: Model = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="JSONL, CSV, Parquet or hf://OWNER/NAME@COMMIT/FILE; repeat it. Default: our pairs."),
@@ -25,7 +24,7 @@ def train(
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe instead of --data: the shipped probe's form.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings file.")] = None,
+    config: Config = None,
     store: Annotated[Path | None, typer.Option(help="Folder to publish into.")] = None,
 ) -> None:
     """Train a probe on labelled texts, calibrate it, and publish it to the store. A new name starts in shadow; of a

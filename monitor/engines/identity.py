@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,11 @@ def files_fingerprint(folder: Path) -> str:
     for path in [folder / "config.json", folder / "tokenizer.json", *weights]:
         if not path.exists():
             continue
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:
             digest.update(file.read(_EDGE_BYTES))
-            if path.stat().st_size > 2 * _EDGE_BYTES:
-                file.seek(-_EDGE_BYTES, os.SEEK_END)
+            if size > _EDGE_BYTES:
+                file.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
                 digest.update(file.read())
     return digest.hexdigest()

@@ -11,7 +11,8 @@ from monitor.engines.identity import identify, locate
 from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes, ServedModel, load_candidates, load_live
 from monitor.observer.build import Built, build, find
-from monitor.observer.reader import Bounds, LocalObserver
+from monitor.observer.reader import LocalObserver
+from monitor.observer.room import Bounds
 from monitor.observer.session import Session
 from monitor.template import ChatTemplate
 from probes_store.store import CANDIDATE, Store, model_slug

@@ -32,6 +32,13 @@ class Stream(Protocol):
         """
         ...
 
+    def fork(self) -> Stream:
+        """Another one that has read the same; each goes on by itself, and is closed by itself.
+
+        Not while it reads, nor after it is closed. raises: Overloaded if memory is short or the observer stops
+        """
+        ...
+
     def close(self) -> None:
         """Free its memory. Any number of times, from any thread, also while a step runs."""
         ...

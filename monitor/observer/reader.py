@@ -3,95 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from monitor.config import Settings
 from monitor.errors import MidstreamError, Overloaded, RequestInvalid
 from monitor.live import ServedModel
 from monitor.observer.protocol import TooLong
-from monitor.observer.session import Cache, Session, pages
+from monitor.observer.room import Bounds, Room
+from monitor.observer.session import Cache, Session
+from monitor.observer.stream import Job, ObservedStream
 from monitor.observer.turns import Turns
 from monitor.types import Scores
-
-_STEP_TOKENS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """max_streams: open at once; max_opening: of them with a prompt that is not read yet; kv_tokens: that all streams
-    hold together (batches hold up to as much again); max_tokens: of one stream, None: as many as the model reads;
-    max_step_tokens: fed in a step, of all streams"""
-
-    max_streams: int = 256
-    max_opening: int = 64
-    kv_tokens: int = 65_536
-    max_tokens: int | None = None
-    max_step_tokens: int = _STEP_TOKENS
-
-    @classmethod
-    def of(cls, settings: Settings) -> Bounds:
-        # An answer may wait for a step of prompts, so a step is kept shorter than an engine's.
-        step = min(settings.max_step_tokens, _STEP_TOKENS)
-        return cls(settings.max_concurrent, settings.max_queue, settings.kv_tokens, settings.max_model_len, step)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """Tokens that a stream waits to have read."""
-
-    stream: ObservedStream
-    token_ids: tuple[int, ...]
-    done: asyncio.Future[Scores]
-    opening: bool
-    rows: list[Scores] = field(default_factory=list)
-    n_read: int = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.token_ids) - self.n_read
-
-    @property
-    def length(self) -> int:
-        return self.stream.cache.length
-
-    def end(self, result: Scores | MidstreamError) -> None:
-        """From any thread."""
-
-        def tell() -> None:
-            if self.done.done():
-                return
-            if isinstance(result, MidstreamError):
-                self.done.set_exception(result)
-            else:
-                self.done.set_result(result)
-
-        with contextlib.suppress(RuntimeError):  # at shutdown the loop may be closed: nobody waits
-            self.done.get_loop().call_soon_threadsafe(tell)
-
-
-class ObservedStream:
-    """See `Stream`."""
-
-    def __init__(self, observer: LocalObserver, cache: Cache, n_probes: int) -> None:
-        self.scores: Scores = np.empty((0, n_probes), np.float32)
-        self.cache = cache
-        self.reserved = 0
-        """Tokens of the observer's memory that are this stream's."""
-        self.closed = False
-        self.job: Job | None = None
-        self._observer = observer
-
-    async def read(self, token_ids: Sequence[int]) -> Scores:
-        return await self._observer.read(self, token_ids)
-
-    def close(self) -> None:
-        self._observer.close_stream(self)
 
 
 class LocalObserver:
@@ -114,13 +39,12 @@ class LocalObserver:
         self.model, self.tokenizer, self.template, self.columns = model, tokenizer, model.template, tuple(columns)
         self.steps = 0
         self.max_tokens = min(session.shape.max_tokens, bounds.max_tokens or bounds.kv_tokens, bounds.kv_tokens)
-        self._session, self._bounds, self._opening = session, bounds, tuple(opening)
+        self._session, self._max_opening, self._opening = session, bounds.max_opening, tuple(opening)
         self._begun, self._begun_scores = Cache(session.shape), np.empty((0, len(self.columns)), np.float32)
         self._turns = Turns(bounds.max_step_tokens, bounds.kv_tokens // 2)
-        self._streams: set[ObservedStream] = set()
+        self._room = Room(bounds)
         self._waiting: list[Job] = []
         self._fed: frozenset[ObservedStream] = frozenset()
-        self._reserved = 0
         self._stopping = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="midstream-observer", daemon=True)
@@ -146,9 +70,9 @@ class LocalObserver:
         with self._wake:
             return {
                 "engine": "observer",
-                "active": len(self._streams),
+                "active": len(self._room.streams),
                 "waiting": len(self._waiting),
-                "tokens": self._reserved,
+                "tokens": self._room.tokens,
                 "steps": self.steps,
             }
 
@@ -159,20 +83,19 @@ class LocalObserver:
         n = self._begun.length if self._begun.length < len(token_ids) else 0
         if tuple(token_ids[:n]) != self._opening[:n]:
             n = 0
-        stream = ObservedStream(self, self._begun.fork() if n else Cache(self._session.shape), len(self.columns))
+        begun = self._begun.fork() if n else Cache(self._session.shape)
+        stream = ObservedStream(self, begun, self._begun_scores[:n])
         self._check(stream, token_ids[n:])
         with self._wake:
-            if len(self._streams) >= self._bounds.max_streams:
-                raise Overloaded(f"{len(self._streams)} conversations are read already; try again later")
-            if sum(job.opening for job in self._waiting) >= self._bounds.max_opening:
-                raise Overloaded(f"{self._bounds.max_opening} prompts are waiting already; try again later")
-            self._streams.add(stream)
+            if sum(job.opening for job in self._waiting) >= self._max_opening:
+                raise Overloaded(f"{self._max_opening} prompts are waiting already; try again later")
+            self._room.enter(stream)
         try:
             scores = await self.read(stream, token_ids[n:], opening=True)
         except BaseException:
             stream.close()
             raise
-        stream.scores = np.concatenate([self._begun_scores[:n], scores])
+        stream.scores = np.concatenate([stream.scores, scores])
         return stream
 
     async def read(self, stream: ObservedStream, token_ids: Sequence[int], opening: bool = False) -> Scores:
@@ -190,6 +113,14 @@ class LocalObserver:
             stream.close()
             raise
 
+    def fork(self, stream: ObservedStream) -> ObservedStream:
+        """See `Stream.fork`."""
+        with self._wake:
+            self._check_idle(stream)
+            twin = ObservedStream(self, stream.cache.fork(), stream.scores)
+            self._room.enter(twin)
+        return twin
+
     def _check(self, stream: ObservedStream, token_ids: Sequence[int]) -> None:
         n, vocabulary = stream.cache.length + len(token_ids), self._session.shape.vocabulary
         if n > self.max_tokens:
@@ -200,18 +131,17 @@ class LocalObserver:
 
     def _admit(self, job: Job) -> None:
         """Reserve its memory and let it wait. The lock is held."""
-        stream = job.stream
+        self._check_idle(job.stream)
+        self._room.reserve(job.stream, len(job.token_ids))
+        job.stream.job = job
+        self._waiting.append(job)
+
+    def _check_idle(self, stream: ObservedStream) -> None:
+        """raises: RuntimeError if a step may use it, Overloaded. The lock is held."""
         if self._stopping:
             raise Overloaded("the observer is shutting down; try again later")
         if stream.closed or stream.job is not None:
             raise RuntimeError("a stream is read once at a time, and not after it is closed")
-        more = pages(stream.cache.length + len(job.token_ids)) - stream.reserved
-        if self._reserved + more > self._bounds.kv_tokens:
-            raise Overloaded(f"the observer holds {self._reserved} tokens already; try again later")
-        self._reserved += more
-        stream.reserved += more
-        stream.job = job
-        self._waiting.append(job)
 
     def close_stream(self, stream: ObservedStream) -> None:
         """See `Stream.close`."""
@@ -222,7 +152,7 @@ class LocalObserver:
             if stream.job is not None and stream not in self._fed:
                 self._end(stream.job, MidstreamError("the stream was closed while it was read"))
             if stream not in self._fed:  # else the thread does it, after the step
-                self._free(stream)
+                self._room.leave(stream)
 
     # --- the observer's thread --------------------------------------------------------------------------------------
 
@@ -260,7 +190,7 @@ class LocalObserver:
                 job.n_read = end
                 if job.stream.closed:
                     self._end(job, MidstreamError("the stream was closed while it was read"))
-                    self._free(job.stream)
+                    self._room.leave(job.stream)
                 elif job.left == 0:
                     self._end(job, np.concatenate(job.rows))
                 else:  # a long prompt goes behind the others after each part of it
@@ -273,15 +203,9 @@ class LocalObserver:
             for job, _, _ in batch:
                 job.stream.closed = True
                 self._end(job, MidstreamError(f"the observer's step failed: {type(error).__name__}"))
-                self._free(job.stream)
+                self._room.leave(job.stream)
 
     def _end(self, job: Job, result: Scores | MidstreamError) -> None:
         self._waiting.remove(job)
         job.stream.job = None
         job.end(result)
-
-    def _free(self, stream: ObservedStream) -> None:
-        self._streams.discard(stream)
-        self._reserved -= stream.reserved
-        stream.reserved = 0
-        stream.cache.clear()

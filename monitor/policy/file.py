@@ -7,15 +7,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid
+from monitor.plain_yaml import read_yaml
 from monitor.policy.rule import FailMode
-from monitor.types import Caller, Mode
+from monitor.types import Caller, Mode, Phase
 
 T = TypeVar("T", bound=BaseModel)
 Route = Literal[
@@ -88,6 +88,9 @@ class ProbePolicy(_Part):
             raise ValueError("by_length belongs to `prompt`; how long an answer will be is not known when it is judged")
         return self
 
+    def of(self, phase: Phase) -> PhasePolicy:
+        return self.prompt if phase is Phase.PROMPT else self.response
+
 
 class SecondPolicy(_Part):
     """The second judge. probes: other probes of this model; or url: an OpenAI-compatible endpoint's base, with model
@@ -122,6 +125,9 @@ class SecondPolicy(_Part):
     def _one_kind(self) -> SecondPolicy:
         if bool(self.probes) == (self.url is not None):
             raise ValueError("name either `probes` or `url`")
+        twice = next((name for name in self.probes if self.probes.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"`probes` names {twice!r} twice; name each once")
         if self.url is not None and self.model is None:
             raise ValueError("`url` needs `model`, the name the endpoint serves")
         if "{conversation}" not in self.prompt:
@@ -142,11 +148,23 @@ class Body(_Part):
     probes: dict[str, ProbePolicy] = Field(default_factory=dict)
     second: SecondPolicy | None = None
 
+    @field_validator("blocked_prompt", "blocked_answer")
+    @classmethod
+    def _said(cls, given: str | dict[str, str]) -> str | dict[str, str]:
+        if not given:
+            raise ValueError("there is nothing in it; write the text, or leave the field out")
+        return given
+
     @model_validator(mode="after")
     def _second_is_there(self) -> Body:
         asks = [n for n, p in self.probes.items() if p.prompt.escalates or p.response.escalates]
         if asks and self.second is None:
             raise ValueError(f"probe {asks[0]!r} escalates, but there is no `second` to ask")
+        alone = next((n for n in asks if self.second is not None and self.second.probes == (n,)), None)
+        if alone is not None:
+            raise ValueError(
+                f"probe {alone!r} would be its own second judge, which always clears: name another in second.probes"
+            )
         return self
 
 
@@ -167,20 +185,40 @@ class When(_Part):
         asked = ((self.key, caller.key), (self.model, caller.model), (self.route, caller.route))
         return all(not wanted or have in wanted for wanted, have in asked)
 
+    def serving(self, names: Sequence[str]) -> When:
+        """An alias of the served model stands for its own name too, the first of names: a Caller has that one."""
+        if not set(names).intersection(self.model):
+            return self
+        return self.model_copy(update={"model": tuple(dict.fromkeys((*self.model, names[0])))})
+
+
+class Override(NamedTuple):
+    """body: merged over the default's; own: what it says of probes itself"""
+
+    name: str
+    when: When
+    body: Body
+    own: Mapping[str, ProbePolicy]
+
 
 class PolicyFile:
     """The default and its overrides, in order; the first that matches a caller stands, merged over the default."""
 
-    def __init__(self, name: str, default: Body, overrides: Sequence[tuple[str, When, Body]], digest: str) -> None:
+    def __init__(self, name: str, default: Body, overrides: Sequence[Override], digest: str) -> None:
         self.name, self.default, self.digest = name, default, digest
         self.overrides = tuple(overrides)
 
     @property
     def bodies(self) -> Mapping[str, Body]:
-        return {self.name: self.default} | {name: body for name, _, body in self.overrides}
+        return {self.name: self.default} | {o.name: o.body for o in self.overrides}
 
     def choose(self, caller: Caller) -> str:
-        return next((name for name, when, _ in self.overrides if when.matches(caller)), self.name)
+        return next((o.name for o in self.overrides if o.when.matches(caller)), self.name)
+
+    def serving(self, names: Sequence[str]) -> PolicyFile:
+        """For a model that has these names: see `When.serving`."""
+        known = tuple(o._replace(when=o.when.serving(names)) for o in self.overrides)
+        return self if known == self.overrides else PolicyFile(self.name, self.default, known, self.digest)
 
 
 _OWN = ("modes", "target_fpr", "fail_mode", "on_history")
@@ -211,26 +249,28 @@ def load_policy(path: Path) -> PolicyFile:
     """raises: ConfigInvalid, naming the key, its value and what is wanted"""
     try:
         raw = path.read_bytes()
-        data = yaml.safe_load(raw)
+        data = read_yaml(raw)
     except OSError as error:
         raise ConfigInvalid(f"policy {str(path)!r} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(f"policy {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigInvalid(f"policy {str(path)!r} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigInvalid(f"policy {str(path)!r} must hold keys and values, like `target_fpr: 0.01`")
     name, overrides = data.pop("name", "default"), data.pop("overrides", [])
     default = _validated(path, "", Body, data)
     if not isinstance(overrides, list):
         raise ConfigInvalid(f"policy {str(path)!r}: overrides must be a list")
-    found: list[tuple[str, When, Body]] = []
+    found: list[Override] = []
     for i, override in enumerate(overrides):
         where = f"overrides.{i}."
         if not isinstance(override, dict) or "when" not in override or "name" not in override:
             raise ConfigInvalid(f"policy {str(path)!r}: overrides.{i} needs a name and a `when`")
         rest = {k: v for k, v in override.items() if k not in ("name", "when")}
         when = _validated(path, where + "when.", When, override["when"])
-        found.append((str(override["name"]), when, _validated(path, where, Body, _merged(data, rest))))
-    names = [str(name), *(n for n, _, _ in found)]
+        body = _validated(path, where, Body, _merged(data, rest))
+        own = {name: ProbePolicy.model_validate(said) for name, said in rest.get("probes", {}).items()}
+        found.append(Override(str(override["name"]), when, body, own))
+    names = [str(name), *(o.name for o in found)]
     for n in names:
         if not _NAME.fullmatch(n):
             raise ConfigInvalid(f"policy {str(path)!r}: name {n!r} must be letters, digits, dots, - and _, at most 64")
@@ -250,11 +290,13 @@ def _validated(path: Path, where: str, kind: type[T], data: Any) -> T:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge, everything else is replaced; a threshold by value replaces one by rate, and the other way."""
-    result = dict(base)
+    """Mappings merge, everything else is replaced; a threshold by value replaces one by rate, and the other way, and
+    a mode that does not block has no use for the band of one that did."""
+    gone = {other for key in over for other in _INSTEAD.get(key, ())}
+    if over.get("mode") in (Mode.SHADOW, Mode.FLAG):
+        gone |= {"escalate", "escalate_fpr"}
+    result = {key: value for key, value in base.items() if key not in gone}
     for key, value in over.items():
-        for other in _INSTEAD.get(key, ()):
-            result.pop(other, None)
         mine = result.get(key)
         result[key] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
     return result

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from monitor.config import Settings
-from monitor.errors import ConfigInvalid
+from monitor.errors import MidstreamError
 from monitor.live import LiveProbes
 from monitor.policy.file import policy_of
 
@@ -29,14 +29,14 @@ class PolicyKeeper:
     def reload(self) -> str:
         """Read the file again; requests from now on go by it, those at work end by the old one.
 
-        returns: its name; without a file there is nothing to read. raises: ConfigInvalid, and the old policy stays
+        returns: its name; without a file there is nothing to read. raises: MidstreamError, and the old policy stays
         """
         if self._settings.policy is None:
             return self._live().file.name
         try:
             file = policy_of(self._settings)
             self._put(self._live().under(file))
-        except ConfigInvalid:
+        except MidstreamError:
             self._counted("refused")
             raise
         self._counted("loaded")
@@ -45,7 +45,7 @@ class PolicyKeeper:
     def describe(self) -> Mapping[str, Any]:
         """The default's name, the file's digest, and every policy with its rules as they came out of the cards."""
         live = self._live()
-        whom = {name: when.model_dump(exclude_defaults=True) for name, when, _ in live.file.overrides}
+        whom = {o.name: o.when.model_dump(exclude_defaults=True) for o in live.file.overrides}
         return {
             "name": live.file.name,
             "sha256": live.file.digest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from monitor.errors import ConfigInvalid
-from monitor.policy.file import Body, PhasePolicy, PolicyFile, ProbePolicy
+from monitor.policy.file import Body, Override, PhasePolicy, PolicyFile, ProbePolicy
 from monitor.policy.rule import Policy, Rule, Second
 from monitor.types import Format, Mode, Phase, Terms
 from probes_store.calibration import Calibration
@@ -16,7 +16,23 @@ FORMATS: tuple[Format, ...] = ("chat", "raw")
 
 def resolve(probes: Sequence[StoredProbe], file: PolicyFile) -> Mapping[str, Policy]:
     """By name. raises: ConfigInvalid for a probe that isn't there, or a mode or rate that its card can't give"""
-    return {name: _policy(probes, name, body) for name, body in file.bodies.items()}
+    policies = {name: _policy(probes, name, body) for name, body in file.bodies.items()}
+    for override in file.overrides:
+        if set(override.when.route) == {"completions"}:
+            _check_completions(policies[override.name], override)
+    return policies
+
+
+def _check_completions(policy: Policy, override: Override) -> None:
+    """Elsewhere completions that a card says nothing of are shadowed, while chats have what was asked for. An override
+    for completions alone would have nothing of it."""
+    for rule in policy.rules["raw"]:
+        asked = override.own.get(rule.probe, ProbePolicy()).of(rule.phase).mode
+        if rule.mode is Mode.SHADOW and asked not in (None, Mode.SHADOW):
+            raise ConfigInvalid(
+                f"policy {override.name!r} is for completions alone, and there probe {rule.probe} {rule.version} can't "
+                f"{asked} in phase {rule.phase}: the card has no calibration for it; set its mode there to shadow"
+            )
 
 
 def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
@@ -39,7 +55,7 @@ def _policy(probes: Sequence[StoredProbe], name: str, body: Body) -> Policy:
 def _of(body: Body, probe: StoredProbe, phase: Phase) -> PhasePolicy:
     """A candidate is under the policy of its probe, but for the mode: it is there to be compared."""
     own = body.probes.get(probe.card.name, ProbePolicy())
-    said = own.prompt if phase is Phase.PROMPT else own.response
+    said = own.of(phase)
     return said.model_copy(update={"mode": Mode.SHADOW}) if probe.candidate else said
 
 
@@ -78,6 +94,11 @@ def _rule(
     alpha: float,
 ) -> Rule:
     card = probe.card
+    if said.escalates and mode is not Mode.BLOCK and not probe.candidate:
+        raise ConfigInvalid(
+            f"probe {card.name} {card.version} can't escalate in phase {phase}: its mode is {mode}, and a second judge "
+            "is asked only about what may block; set its mode there to block, or leave escalate out"
+        )
     calibration = card.calibration.get(form, {}).get(phase.value)
     threshold = escalate = None
     by_length: tuple[tuple[int, float], ...] = ()
@@ -87,7 +108,7 @@ def _rule(
         threshold = _at(calibration, said.threshold, said.target_fpr or alpha)
         if said.by_length:
             by_length = calibration.by_length(said.target_fpr or alpha)
-        if said.escalates and mode is Mode.BLOCK:
+        if said.escalates and not probe.candidate:
             escalate = _at(calibration, said.escalate, said.escalate_fpr or alpha)
     except ValueError as error:
         # What was asked for by name is refused, and so is a rate at which a probe that blocks no longer could: nobody

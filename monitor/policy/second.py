@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -13,66 +15,95 @@ import httpx
 from monitor.policy.file import SecondPolicy
 
 Answered = Callable[[float | None], None]
-_WORKERS, _WAITING = 8, 64
+_AT_ONCE, _WAITING = 8, 64
 _CHARS = 32_000  # of the conversation; of a longer one both ends
 _CLIP = 0.01  # an endpoint's probability says no more than this
 _TOP = 10
 
 
 class Asker:
-    """Asks endpoints from threads of its own. More than 64 open questions: the next is answered None at once."""
+    """Asks endpoints from a thread of its own, 8 at once. With 72 questions open, the next is answered None at once.
+
+    On an event loop, where a deadline ends whatever it waits for: httpx's own time-outs are each of one read, and an
+    endpoint that sends a byte now and then keeps none of them.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="midstream-second")
-        self._clients: dict[SecondPolicy, httpx.Client] = {}
+        self._clients: dict[SecondPolicy, httpx.AsyncClient] = {}
         self._lock = threading.Lock()
         self._open = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # with the first question: most servers ask none
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._asking: set[asyncio.Task[None]] = set()
+        self._few = asyncio.Semaphore(_AT_ONCE)
 
     def ask(self, how: SecondPolicy, conversation: Callable[[], str], answered: Answered) -> None:
         """`answered` is called once, from another thread: with a logit, or with None after an error or the deadline.
 
-        conversation: called in a worker, gives the text to judge
+        conversation: called in that thread, gives the text to judge
         """
-        once = _Once(answered, self._closed_one)
+        until = time.monotonic() + how.deadline_s  # an event loop's clock is the monotonic one
         with self._lock:
-            self._open += 1
-            full = self._open > _WORKERS + _WAITING
-        if full:
-            once(None)
-            return
-        timer = threading.Timer(how.deadline_s, once, (None,))
-        timer.daemon = True
-        timer.start()
-
-        def work() -> None:
-            try:
-                if not once.done:  # the deadline may have passed before a worker was free
-                    once(self._logit(how, conversation()))
-            except Exception:  # whatever an endpoint can make fail: a `failed` escalation in the record
-                once(None)
-            finally:
-                timer.cancel()
-
-        self._pool.submit(work)
+            if not self._closed and self._open < _AT_ONCE + _WAITING:
+                self._open += 1
+                self._running().call_soon_threadsafe(self._begin, how, conversation, answered, until)
+                return
+        answered(None)
 
     def close(self) -> None:
-        """Waits for what is being asked, at most its deadline: a connection in use can't be closed."""
-        self._pool.shutdown(cancel_futures=True)
+        """Who still waits is answered None; nothing here waits for an endpoint."""
+        with self._lock:
+            self._closed, loop = True, self._loop
+        if loop is None or self._thread is None or loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join()
+        loop.close()
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="midstream-second", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    # --- its own thread ---------------------------------------------------------------------------------------------
+
+    def _begin(self, how: SecondPolicy, conversation: Callable[[], str], answered: Answered, until: float) -> None:
+        task = asyncio.ensure_future(self._answer(how, conversation, answered, until))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _answer(
+        self, how: SecondPolicy, conversation: Callable[[], str], answered: Answered, until: float
+    ) -> None:
+        second = None
+        try:
+            with contextlib.suppress(Exception):  # whatever an endpoint can make fail: a `failed` escalation
+                async with asyncio.timeout_at(until), self._few:
+                    second = await self._logit(how, conversation())
+        finally:
+            with self._lock:
+                self._open -= 1
+            answered(second)
+
+    async def _end(self) -> None:
+        asking = list(self._asking)  # not what these have begun in turn: they end that themselves
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
         for client in self._clients.values():
-            client.close()
+            await client.aclose()
 
-    def _closed_one(self) -> None:
-        with self._lock:
-            self._open -= 1
+    def _client(self, how: SecondPolicy) -> httpx.AsyncClient:
+        if how not in self._clients:
+            headers = {} if how.api_key is None else {"Authorization": f"Bearer {how.api_key}"}
+            self._clients[how] = httpx.AsyncClient(base_url=how.url or "", headers=headers, timeout=None)  # noqa: S113 - `until`
+        return self._clients[how]
 
-    def _client(self, how: SecondPolicy) -> httpx.Client:
-        with self._lock:
-            if how not in self._clients:
-                headers = {} if how.api_key is None else {"Authorization": f"Bearer {how.api_key}"}
-                self._clients[how] = httpx.Client(base_url=how.url or "", headers=headers, timeout=how.deadline_s)
-            return self._clients[how]
-
-    def _logit(self, how: SecondPolicy, conversation: str) -> float:
+    async def _logit(self, how: SecondPolicy, conversation: str) -> float:
         if len(conversation) > _CHARS:
             conversation = conversation[: _CHARS // 2] + "\n[...]\n" + conversation[-_CHARS // 2 :]
         body = {
@@ -83,26 +114,9 @@ class Asker:
             "logprobs": True,
             "top_logprobs": _TOP,
         }
-        answer = self._client(how).post("chat/completions", json=body)
+        answer = await self._client(how).post("chat/completions", json=body)
         answer.raise_for_status()
         return logit(probability(answer.json()["choices"][0]))
-
-
-class _Once:
-    """Answer or deadline, whichever is first."""
-
-    def __init__(self, answered: Answered, closed: Callable[[], None]) -> None:
-        self._answered, self._closed = answered, closed
-        self._first = threading.Lock()
-
-    @property
-    def done(self) -> bool:
-        return self._first.locked()
-
-    def __call__(self, logit: float | None) -> None:
-        if self._first.acquire(blocking=False):
-            self._closed()
-            self._answered(logit)
 
 
 def probability(choice: dict[str, Any]) -> float:

@@ -86,13 +86,13 @@ class Snapshot:
 
 
 def snapshot(scrapes: Sequence[Scrape], minute_s: float = 60.0) -> Snapshot:
-    """scrapes: oldest first, at least one; what is older than `minute_s` before the newest is not looked at"""
+    """scrapes: oldest first, at least one; of what is older than `minute_s` before the newest only a rate is made"""
     new = scrapes[-1]
     recent = [s for s in scrapes if s.at >= new.at - minute_s]
-    last = recent[-2] if len(recent) > 1 else None
+    last = scrapes[-2] if len(scrapes) > 1 else None
     ready, tokens = new.total("ready"), new.by("phase", "tokens_scored_total")
     heartbeat = new.total("heartbeat_timestamp_seconds")
-    first = recent[0] if last is not None else None
+    first = recent[0] if len(recent) > 1 else None
     return Snapshot(
         time=new.at,
         model=_model(new),

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from monitor.terminal import plain
 from monitor.top.snapshot import ENOUGH, Quantiles, Snapshot, Threshold
 
 STALE_S = 30.0
@@ -26,11 +27,6 @@ def draw(url: str, shot: Snapshot | None, error: str | None = None) -> Renderabl
         # What must be 0 stands first: a screen that is too low is cut at its foot.
         parts += [*_state(shot), _traffic(shot), _minute(shot), _thresholds(shot), _events(shot), _footnote(shot)]
     return Group(*parts)
-
-
-def plain(text: str) -> str:
-    """A server's own words: nothing of them may move the cursor."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _head(url: str, shot: Snapshot | None) -> Text:

@@ -13,9 +13,10 @@ import httpx
 from rich.console import Console
 from rich.live import Live
 
+from monitor.terminal import plain
 from monitor.top.scrape import TIMEOUT_S, Scrape, Unreachable, fetch
 from monitor.top.snapshot import Snapshot, snapshot
-from monitor.top.view import draw, plain
+from monitor.top.view import draw
 
 MINUTE_S = 60.0
 Sight = tuple[Snapshot | None, str | None]

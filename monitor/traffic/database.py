@@ -44,6 +44,8 @@ def engine_of(where: Where, mode: Mode = "rw", connect: Connect = sqlite3.connec
             url.set(drivername="postgresql+psycopg"),
             connect_args={"connect_timeout": int(BUSY_S), "options": options} | _ALIVE,
             pool_pre_ping=True,
+            # Whoever reads sees one state of it, as SQLite's do: records may go between two statements.
+            isolation_level="REPEATABLE READ" if mode == "ro" else "READ COMMITTED",
             **_pool(mode),
         )
     except (SQLAlchemyError, ValueError) as error:

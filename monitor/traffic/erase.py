@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, select, text
 
@@ -74,9 +77,12 @@ def erase(engine: Engine, key: str | None = None, request_id: str | None = None)
         which = (records.c.request_id == request_id) | records.c.request_id.startswith(
             f"{request_id}-", autoescape=True
         )
-    total, gone = 0, CHUNK
+    total = 0
     try:
-        while gone == CHUNK:
+        with engine.begin() as connection:  # what comes from now on is another's to erase: it must not go on for ever
+            which &= records.c.id <= (connection.scalar(select(func.max(records.c.id))) or 0)
+        # How many went does not say whether some are left: of PostgreSQL's rows others may delete some meanwhile.
+        while _is_any(engine, which):
             with engine.begin() as connection:
                 gone = _delete(connection, which)
             total += gone
@@ -84,6 +90,11 @@ def erase(engine: Engine, key: str | None = None, request_id: str | None = None)
         raise ConfigInvalid(f"{total} records are erased, then it failed ({reason(error)}); run it again") from error
     _scrubbed(engine, f"{total} records")
     return total
+
+
+def _is_any(engine: Engine, which: ColumnElement[bool]) -> bool:
+    with engine.begin() as connection:
+        return connection.scalar(select(records.c.id).where(which).limit(1)) is not None
 
 
 def erase_texts(engine: Engine) -> int:
@@ -128,10 +139,24 @@ def scrub(engine: Engine) -> bool:
     """
     if engine.dialect.name == "sqlite":
         return scrub_lightly(engine)
+    kept: list[int] = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for table in (records, readings, said):
-            connection.execute(text(f"VACUUM FULL {table.name}"))
-    return True
+        wire: Any = connection.connection.driver_connection
+        count = partial(_count_dead, kept)
+        wire.add_notice_handler(count)
+        try:
+            for table in (records, readings, labels, said):
+                connection.execute(text(f"VACUUM (FULL, VERBOSE) {table.name}"))
+        finally:
+            wire.remove_notice_handler(count)
+    return not any(kept)
+
+
+def _count_dead(kept: list[int], notice: Any) -> None:
+    """Of VACUUM's words: deleted rows that it wrote anew, because a transaction from before may still read them. They
+    come in the server's language; what they are of does not."""
+    if notice.source_function == "copy_table_data" and (found := re.search(r"\d+", notice.message_detail or "")):
+        kept.append(int(found[0]))
 
 
 def scrub_lightly(engine: Engine) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,31 +22,15 @@ from monitor.traffic.review import count_unlabelled
 from monitor.traffic.rows import Mark, Row, mark_features, row_of, write
 from monitor.traffic.tables import meta
 from monitor.traffic.text import Cipher, Said, digest, write_said
+from monitor.traffic.waiting import Entry, Job, Waiting
 from monitor.types import Record
 
-_BATCH = 1024
 _RETRY_S = 0.25
 _SWEEP_S = 60.0
 _ERASE_S = 60.0
-_MAX_TEXTS = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    record: Record
-    receipt: Receipt | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Something that has to come after every record before it."""
-
-    act: Callable[[Engine], Any]
-    done: Future[Any] = field(default_factory=Future)
 
 
 T = TypeVar("T")
-_Item = _Entry | Said | _Job | None
 
 
 class TrafficLog:
@@ -84,9 +65,7 @@ class TrafficLog:
         self._texts_dropped = texts_dropped
         self._where, self._newest, self._days, self._dropped = where, Newest(keep), days, dropped
         self._wait_s, self._cipher, self._clock = wait_s, cipher, clock
-        self._queue: queue.Queue[_Item] = queue.Queue(queue_size)
-        self._texts = 0  # characters of them in the queue
-        self._texts_lock = threading.Lock()
+        self._waiting = Waiting(queue_size)
         self._receipts = Receipts()
         self._failing = False  # the newest attempt to write
         self._wrote = self._stalled = time.monotonic()  # newest batch written; since when somebody waited in vain
@@ -113,36 +92,25 @@ class TrafficLog:
 
     def put(self, record: Record) -> None:
         receipt, left = self._receipts.expect(record.request_id, record.index)
-        try:
-            self._queue.put_nowait(_Entry(record, receipt))
-        except queue.Full:
+        if not self._waiting.put(Entry(record, receipt)):
             self._drop([receipt])
             self._texts_dropped(left is not None)
-            return
-        if left is not None:
+        elif left is not None:
             self.say(left)
 
     def say(self, said: Said) -> None:
         """Texts of records that were put before. Dropped where there is no room, and counted."""
-        with self._texts_lock:
-            fits = self._cipher is not None and self._texts + said.size <= _MAX_TEXTS
-            try:
-                if fits:
-                    self._queue.put_nowait(said)
-                    self._texts += said.size
-            except queue.Full:
-                fits = False
-        if not fits:
+        if self._cipher is None or not self._waiting.say(said):
             self._texts_dropped(len(said.answers))
 
     @property
     def depth(self) -> int:
-        return self._queue.qsize()
+        return self._waiting.depth
 
     @property
     def refuses(self) -> bool:
         """A record that came now could not be written, and it has to be."""
-        return self.required and (self._in_trouble or self._queue.full())
+        return self.required and (self._in_trouble or self._waiting.full)
 
     @property
     def _in_trouble(self) -> bool:
@@ -166,11 +134,9 @@ class TrafficLog:
             return self._in_turn(lambda engine: mark_features(engine, file, marks))
 
     def _in_turn(self, act: Callable[[Engine], T]) -> T:
-        job = _Job(act)
-        try:
-            self._queue.put(job, timeout=BUSY_S)
-        except queue.Full:
-            raise ConfigInvalid("the log is busy with records that it can't write; try again later") from None
+        job = Job(act)
+        if not self._waiting.ask(job, BUSY_S):
+            raise ConfigInvalid("the log is busy with records that it can't write; try again later")
         result: T = job.done.result(_ERASE_S)
         return result
 
@@ -179,7 +145,7 @@ class TrafficLog:
 
     def close(self) -> None:
         self._closing.set()
-        self._queue.put(None)
+        self._waiting.ask(None, None)
         self._thread.join()
         self._engine.dispose()
 
@@ -217,26 +183,17 @@ class TrafficLog:
 
     def _run(self) -> None:
         while True:
-            batch = self._take()
-            self._write([e for e in batch if isinstance(e, _Entry)], [e for e in batch if isinstance(e, Said)])
+            timeout = None if self._days is None else max(0.001, self._sweep_at - time.monotonic())
+            batch = self._waiting.take(timeout)
+            self._write([e for e in batch if isinstance(e, Entry)], [e for e in batch if isinstance(e, Said)])
             for item in batch:
-                if isinstance(item, _Job):
-                    self._do(item)
+                if isinstance(item, Job):
+                    item.run(self._engine)
             if None in batch:
                 return
             self._sweep()
 
-    def _take(self) -> list[_Item]:
-        timeout = None if self._days is None else max(0.001, self._sweep_at - time.monotonic())
-        try:
-            batch = [self._queue.get(timeout=timeout)]
-        except queue.Empty:
-            return []
-        while len(batch) < _BATCH and not self._queue.empty():
-            batch.append(self._queue.get())
-        return batch
-
-    def _write(self, entries: Sequence[_Entry], texts: Sequence[Said]) -> None:
+    def _write(self, entries: Sequence[Entry], texts: Sequence[Said]) -> None:
         prepared = [(row, e.receipt) for e in entries if (row := self._row(e)) is not None]
         receipts = [receipt for _, receipt in prepared]
         while prepared or texts:
@@ -257,8 +214,7 @@ class TrafficLog:
                     if receipt is not None:
                         receipt.settle(lost=False)
                 break
-        with self._texts_lock:
-            self._texts -= sum(t.size for t in texts)
+        self._waiting.written(texts)
 
     def _commit(self, rows: Sequence[Row], texts: Sequence[Said]) -> int:
         """Returns how many texts are lost although the records are written."""
@@ -267,7 +223,7 @@ class TrafficLog:
             self._newest.trim(connection, len(rows))
             return write_said(connection, self._cipher, texts) if texts and self._cipher is not None else 0
 
-    def _row(self, entry: _Entry) -> Row | None:
+    def _row(self, entry: Entry) -> Row | None:
         receipt = entry.receipt
         try:
             return row_of(entry.record, None if receipt is None else receipt.digest)
@@ -281,12 +237,6 @@ class TrafficLog:
         for receipt in receipts:
             if receipt is not None:
                 receipt.settle(lost=True)
-
-    def _do(self, job: _Job) -> None:
-        try:
-            job.done.set_result(job.act(self._engine))
-        except BaseException as error:  # is whoever waits for it's
-            job.done.set_exception(error)
 
     def _sweep(self) -> None:
         """What is too old, CHUNK at a time: records that wait are written in between."""

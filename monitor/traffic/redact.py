@@ -42,13 +42,16 @@ _COUNTED = r"(?![_-](?:budget|count|id|ids|length|limit|type|usage)\b)"  # of to
 _NAME = rf"{_WORD}{_COUNTED}\d{{0,3}}(?:[_.-]?(?:hash|key|string|text|value))?(?:[_.-][a-z0-9]{{1,24}}){{0,3}}"
 # Quotes may be escaped: JSON in a string of JSON, in a string of JSON.
 _SIGN = r"(?:\\{0,7}[\"'])?\s{0,3}(?::=|=>|={1,3}|:)\s{0,3}"
+# A mark that would end a value, but stands within it: with something of it before and behind, no blank and no quote.
+_INSIDE = r"(?<![\s\"',;:=(\[{\\])[\"',;](?![\s\"',;:)\]}\\]|\Z)"
 _VALUE = (
     r"(?!(?:null|none|true|false|undefined)\b|\[[a-z ]{3,24}\])"
-    r"(?:b?(?P<quote>\\{0,7}[\"'])(?:(?!(?<!\\)(?P=quote))[^\n]){1,500}+(?<!\\)(?P=quote)"
-    r"|(?:\\{0,7}[\"'])?(?!\[[a-z ]{3,24}\])(?:[^\s\"',;\\]|\\(?!\\{0,7}[\"'])){4,500}+)"
+    r"(?:b?(?P<quote>\\{0,7}[\"'])(?:(?!(?<!\\)(?P=quote))[^\n]){1,8192}+(?<!\\)(?P=quote)"
+    rf"|(?:\\{{0,7}}[\"'])?(?!\[[a-z ]{{3,24}}\])(?:[^\s\"',;\\]|\\(?!\\{{0,7}}[\"'])|{_INSIDE}){{4,}}+)"
 )
 
-# Those that hold others in them come first. Every repeat is bounded or of one class: no text makes them slow.
+# Those that hold others in them come first. Every repeat is bounded, of one class, or the end of its pattern: no text
+# makes them slow, and of what is long no end stays.
 PATTERNS = (
     Pattern(
         "private key",
@@ -56,22 +59,22 @@ PATTERNS = (
             r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY( BLOCK)?-----([^-]|-(?!----)){0,20000}+(-----END [A-Z ]{0,40}-----)?"
         ),
     ),
-    Pattern("token", re.compile(r"\beyJ[\w-]{8,4096}\.[\w-]{4,8192}(\.[\w-]{0,2048})?")),  # a JWT
-    Pattern("password", _form(r"(?<=://)[^\s:/@]{0,100}:[^\s/@]{1,200}(?=@)")),  # in a URL
+    Pattern("token", re.compile(r"\beyJ[\w-]{8,4096}+\.[\w-]{4,}+(\.[\w-]*)?")),  # a JWT
+    Pattern("password", _form(r"(?<=://)[^\s:/@]{0,100}+:[^\s/@]{1,4096}+(?=@)")),  # in a URL
     Pattern("key", re.compile(r"\b(AKIA|ASIA|AROA|AIDA)[0-9A-Z]{16}\b")),  # AWS
-    Pattern("key", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,255}|\bgithub_pat_\w{20,255}")),
-    Pattern("key", re.compile(r"\bxox[abeoprs]-[\w-]{10,250}|\bAIza[\w-]{35}|\bya29\.[\w-]{20,500}")),  # Slack, Google
-    Pattern("key", re.compile(r"\b(glpat-|hf_|npm_|pypi-|dop_v1_|shpat_|whsec_|SG\.)[\w.-]{16,300}")),
-    Pattern("key", re.compile(r"\b[prs]k[-_][\w-]{16,250}")),  # OpenAI, Anthropic, Stripe
+    Pattern("key", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}")),
+    Pattern("key", re.compile(r"\bxox[abeoprs]-[\w-]{10,}|\bAIza[\w-]{35}|\bya29\.[\w-]{20,}")),  # Slack, Google
+    Pattern("key", re.compile(r"\b(glpat-|hf_|npm_|pypi-|dop_v1_|shpat_|whsec_|SG\.)[\w.-]{16,}")),
+    Pattern("key", re.compile(r"\b[prs]k[-_][\w-]{16,}")),  # OpenAI, Anthropic, Stripe
     Pattern("key", re.compile(r"\b\d{8,10}:[\w-]{35}\b")),  # Telegram
     Pattern(
         "token",
         _form(
             rf"\bauthorization{_SIGN}(?:\\{{0,7}}[\"'])?(?!\[)(?:(?:apikey|basic|bearer|digest|token)\s{{1,3}}(?!\[))?"
-            r"[^\s\"',;]{4,4096}+"
+            r"[^\s\"',;]{4,}"
         ),
     ),
-    Pattern("token", _form(r"(?<=\bbearer )[\w.~+/-]{12,4096}=*")),
+    Pattern("token", _form(r"(?<=\bbearer )[\w.~+/-]{12,}=*")),
     Pattern("password", _form(rf"{_NAME}(?:{_SIGN}|\sis\s)(?!{_NAME}{_SIGN}){_VALUE}")),
     Pattern("mail", _form(r"[\w.%+-]{1,64}@[a-z0-9][a-z0-9-]{0,62}(\.[a-z0-9-]{1,63}){1,8}")),
     Pattern("account", _form(r"\b[A-Z]{2}\d{2}([ ]?[A-Z0-9]{4}){2,7}([ ]?[A-Z0-9]{1,4})?\b"), iban),

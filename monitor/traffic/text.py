@@ -7,13 +7,13 @@ import binascii
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from monitor.errors import ConfigInvalid
@@ -121,17 +121,37 @@ def _sealed(connection: Connection, cipher: Cipher, one: Said) -> list[dict[str,
 
 def find_said(where: Where, request_id: str, cipher: Cipher) -> dict[int, dict[str, Any]]:
     """The kept texts of one request by choice: {prompt, answer}. raises: ConfigInvalid; for a wrong key too"""
+    with opened(where) as connection:
+        return _said(connection, request_id, cipher)
+
+
+def said_requests(where: Where) -> list[tuple[str, int]]:
+    """Each request whose texts are kept, with the first choice of it. raises: ConfigInvalid if there is no such log"""
+    query = select(records.c.request_id, func.min(records.c.choice)).join_from(
+        records, said, said.c.record == records.c.id
+    )
+    with opened(where) as connection:
+        return [(name, choice) for name, choice in connection.execute(query.group_by(records.c.request_id))]
+
+
+def said_prompts(where: Where, ids: Iterable[tuple[str, int]], cipher: Cipher) -> Iterator[Any]:
+    """What the client sent of each request and choice, None where it is not kept. raises: as `find_said`"""
+    with opened(where) as connection:
+        for request_id, choice in ids:
+            yield _said(connection, request_id, cipher).get(choice, {}).get("prompt")
+
+
+def _said(connection: Connection, request_id: str, cipher: Cipher) -> dict[int, dict[str, Any]]:
     query = (
         select(records.c.choice, said.c.sealed)
         .join_from(records, said, said.c.record == records.c.id)
         .where(records.c.request_id == request_id)
         .order_by(records.c.choice)
     )
-    with opened(where) as connection:
-        return {
-            choice: json.loads(cipher.open(sealed, _about(request_id, choice)))
-            for choice, sealed in connection.execute(query)
-        }
+    return {
+        choice: json.loads(cipher.open(sealed, _about(request_id, choice)))
+        for choice, sealed in connection.execute(query)
+    }
 
 
 def digest(salt: bytes, prompt: Any) -> str:

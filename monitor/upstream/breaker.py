@@ -1,4 +1,4 @@
-"""A circuit breaker: an upstream that keeps failing is left alone for a while, then asked once."""
+"""A circuit breaker: an upstream that keeps failing is left alone for a while, then asked now and then."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ State = Literal["closed", "open", "half-open"]
 
 
 class Breaker:
-    """Opens after `failures` in a row, for `pause_s`; then one request may try. clock: seconds
+    """Opens after `failures` in a row; after each `pause_s` one request may try, until one succeeds. clock: seconds
 
     Not thread safe: it lives in one event loop.
     """
@@ -19,7 +19,6 @@ class Breaker:
         self._limit, self._pause_s, self._clock = failures, pause_s, clock
         self._failed = 0
         self._opened: float | None = None
-        self._trying = False
 
     @property
     def state(self) -> State:
@@ -31,23 +30,19 @@ class Breaker:
         """None if a request may be sent now, and its outcome must be told; else the seconds until one may."""
         if self._opened is None:
             return None
-        if self._left() > 0 or self._trying:
+        if self._left() > 0:
             return max(1.0, self._left())
-        self._trying = True
+        # Its outcome may take minutes, or never be told (who asked may leave): the next one does not wait for it.
+        self._opened = self._clock()
         return None
 
     def succeeded(self) -> None:
-        self._failed, self._opened, self._trying = 0, None, False
+        self._failed, self._opened = 0, None
 
     def failed(self) -> None:
         self._failed += 1
-        if self._trying or self._failed >= self._limit:
+        if self._opened is not None or self._failed >= self._limit:
             self._opened = self._clock()
-        self._trying = False
-
-    def given_up(self) -> None:
-        """The client left before there was an outcome."""
-        self._trying = False
 
     def _left(self) -> float:
         return 0.0 if self._opened is None else self._opened + self._pause_s - self._clock()

@@ -29,13 +29,16 @@ class Lag:
     """How far the observer may be behind an answer; beyond it the fail mode decides.
 
     tokens: that arrive while it reads what came before them; also the most of one read
-    seconds: for one read
+    seconds: for one read; a prompt has as many times of it as it takes reads
     pause_s: without new text, after which what the tokenizer might still change is read as it is
     """
 
     tokens: int = 256
     seconds: float = 5.0
     pause_s: float = 0.25
+
+    def bound_s(self, n_tokens: int) -> float:
+        return self.seconds * max(1, -(-n_tokens // self.tokens))
 
 
 class Judge(Protocol):
@@ -60,6 +63,7 @@ class Setting:
 
 class Choice:
     """released: characters that the client may have; changed: called when the second judge has answered
+    stream: what reads it along; None until there is something to read, if it shares the scores of another's prompt
 
     Its texts are one sequence, in the order in which they arrive; texts of different channels are parted by a line end.
     """
@@ -71,9 +75,9 @@ class Choice:
         self.record: Record | None = None
         self.opening: Opening | None = None
         self.too_long = False
+        self.stream: Stream | None = None
         self.changed: Callable[[], None] = lambda: None
         self._setting = setting
-        self._stream: Stream | None = None
         self._lost = False  # the observer no longer reads along
         self._channel: str | None = None
         self._late = ""
@@ -112,9 +116,9 @@ class Choice:
 
     # --- the prompt --------------------------------------------------------------------------------------------------
 
-    async def read_prompt(self, stream: Stream | None, scores: Scores | None) -> None:
-        """Judge the prompt. stream: has read it; scores: its own, or those of another choice's; None: there are none"""
-        self._stream, self._lost = stream, scores is None
+    async def read_prompt(self, scores: Scores | None) -> None:
+        """Judge the prompt. scores: of the stream that has read it; None: there are none"""
+        self._lost = scores is None
         self.watch.advance(0, self._missing(len(self.prompt.token_ids)) if scores is None else scores)
         await self._answered()
         self.opening = Opening(self.policy.terms, self.watch.readings(Phase.PROMPT))
@@ -176,20 +180,19 @@ class Choice:
     async def _rows(self, ids: Sequence[int]) -> Scores:
         if not ids:
             return self._missing(0)
-        if self._stream is None and not self._lost:  # it shared the scores of its prompt
-            self._stream = await self.tried(self._setting.observer.open(self.prompt.token_ids))
-        stream, began = self._stream, time.perf_counter()
-        rows = None if stream is None else await self.tried(stream.read(ids))
+        if self.stream is None and not self._lost:  # it shared the scores of its prompt
+            self.stream = await self.tried(self._setting.observer.open(self.prompt.token_ids), self.watch.n_prompt)
+        stream, began = self.stream, time.perf_counter()
+        rows = None if stream is None else await self.tried(stream.read(ids), len(ids))
         if rows is None:
             return self._missing(len(ids))
         self._setting.scored(time.perf_counter() - began, len(ids))
         return rows
 
-    async def tried(self, reading: Awaitable[T]) -> T | None:
+    async def tried(self, reading: Awaitable[T], n_tokens: int) -> T | None:
         """None if the observer fails or takes too long: there are no scores then, and the fail mode decides."""
-        seconds = self._setting.lag.seconds
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds := self._setting.lag.bound_s(n_tokens)):
                 return await reading
         except _ERRORS as error:
             self.too_long = isinstance(error, TooLong)
@@ -203,7 +206,7 @@ class Choice:
         self._close()
 
     def _close(self) -> None:
-        stream, self._stream = self._stream, None
+        stream, self.stream = self.stream, None
         if stream is not None:
             stream.close()
 

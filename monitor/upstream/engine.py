@@ -9,7 +9,7 @@ from typing import Any
 
 from monitor.errors import MidstreamError, Overloaded, RequestInvalid
 from monitor.live import LiveProbes
-from monitor.observer.protocol import Observer
+from monitor.observer.protocol import Observer, Stream
 from monitor.policy.second import Asker
 from monitor.types import Caller, Prompt, Record, Trace
 from monitor.types import Observer as Sink
@@ -65,13 +65,17 @@ class ObserverEngine:
         return choices
 
     async def _read(self, twins: Sequence[Choice]) -> None:
-        """One prompt: its scores serve all of its choices, its stream the first of them."""
+        """One prompt, read once: its scores serve all of its choices, and a fork of its stream goes on with each."""
         leader = twins[0]
-        stream = await leader.tried(leader.observer.open(leader.prompt.token_ids))
+        ids = leader.prompt.token_ids
+        stream = leader.stream = await leader.tried(leader.observer.open(ids), len(ids))
         scores = None if stream is None else stream.scores
+        if stream is not None:  # forked at once, before the leader goes on or ends; a choice that ends closes its own
+            for twin in twins[1:]:
+                twin.stream = _forked(stream)
         for choice in twins:
             choice.too_long = leader.too_long
-            await choice.read_prompt(stream if choice is leader else None, scores)
+            await choice.read_prompt(scores)
 
     def close(self, request_id: str) -> None:
         """The request is over: what of it has not ended is aborted. Synchronous, for a `finally`."""
@@ -102,6 +106,14 @@ class ObserverEngine:
         self._asker.ask(how, lambda: str(spell(ids)), lambda z: _tell(loop, answered, z))
 
 
+def _forked(stream: Stream) -> Stream | None:
+    """None if there is no room: then the choice reads its prompt again, when it has something to read."""
+    try:
+        return stream.fork()
+    except Overloaded:
+        return None
+
+
 def _tell(loop: asyncio.AbstractEventLoop, answered: Callable[[float | None], None], z: float | None) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(answered, z)
@@ -120,12 +132,12 @@ class ObserverScorer:
         began, stream = time.perf_counter(), None
         try:
             try:
-                async with asyncio.timeout(engine.lag.seconds):
-                    stream = await setting.observer.open(prompt.token_ids)
+                async with asyncio.timeout(engine.lag.bound_s(len(prompt.token_ids))):
+                    stream = choice.stream = await setting.observer.open(prompt.token_ids)
             except TimeoutError as error:
                 raise Overloaded("the observer is busy; try again later") from error
             setting.scored(time.perf_counter() - began, len(prompt.token_ids))
-            await choice.read_prompt(stream, stream.scores)
+            await choice.read_prompt(stream.scores)
             if not choice.ended:
                 await choice.read_ids(answer, "stop")
         except (RequestInvalid, Overloaded):

@@ -9,7 +9,8 @@ class UpstreamError(MidstreamError):
     """The root of an upstream's errors.
 
     UpstreamError
-    ├── Unreachable   no answer began: not connected, hung up, or refused by the circuit breaker
+    ├── Unreachable   no answer began: not connected, hung up, no connection is free, or the circuit breaker refused it
+    ├── Unsendable    a request that is no HTTP as it stands
     ├── TooSlow       a time-out passed
     ├── Unreadable    an answer that can't be judged: not the JSON or the events that the route promises
     └── Truncated     an answer that ended before it was whole
@@ -22,6 +23,10 @@ class Unreachable(UpstreamError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Unsendable(UpstreamError):
+    pass
 
 
 class TooSlow(UpstreamError):

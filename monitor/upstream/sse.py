@@ -7,6 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from monitor.upstream.errors import Unreadable
+from monitor.upstream.strict import strict_object
 
 # A lone CR ends a line too, but at the end of a piece it may be the first half of CR LF: it waits for one more byte.
 _LINE_END = rb"(?:\r\n|\n|\r(?=[^\n]))"
@@ -77,17 +78,6 @@ DONE = b"data: [DONE]\n\n"
 def json_object(data: bytes) -> dict[str, Any]:
     """A JSON object of an upstream's. raises: Unreadable, also for a name that stands there twice"""
     try:
-        parsed = json.loads(data, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        return strict_object(data)
+    except ValueError as error:
         raise Unreadable(f"the upstream sent no JSON that can be read: {str(error)[:80]}") from error
-    if not isinstance(parsed, dict):
-        raise Unreadable(f"the upstream sent a JSON {type(parsed).__name__} instead of an object")
-    return parsed
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name we would judge the last, and the client might read the first."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found

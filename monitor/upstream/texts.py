@@ -38,13 +38,13 @@ class Text(NamedTuple):
     again: bool = False
 
 
-def texts(part: Any, channel: str = "") -> list[Text]:
+def texts(part: Any, channel: str = "", strict: bool = True) -> list[Text]:
     """Every text of a message, a delta or an item, in the order in which a model says it: reasoning before its answer.
 
-    raises: Unreadable for a number or a boolean where a client expects text
+    raises: Unreadable, if strict, for a number or a boolean where a client expects text
     """
     found, reasoned = [], set[str]()
-    for text in _walk(part, channel):
+    for text in _walk(part, channel, strict):
         reasoning = text.channel.startswith(f"{channel}.reasoning")
         found.append(text._replace(again=reasoning and text.value in reasoned))
         if reasoning:
@@ -52,27 +52,27 @@ def texts(part: Any, channel: str = "") -> list[Text]:
     return found
 
 
-def _walk(part: Any, channel: str) -> Iterator[Text]:
+def _walk(part: Any, channel: str, strict: bool) -> Iterator[Text]:
     if isinstance(part, dict):
         for key, value in sorted(part.items(), key=lambda item: not item[0].startswith(_FIRST)):
             if key in _NOT_TEXT:
                 continue
-            if key in _ONLY_TEXT and isinstance(value, (int, float)):
+            if strict and key in _ONLY_TEXT and isinstance(value, (int, float)):
                 raise Unreadable(f"the upstream sent a {type(value).__name__} as {key!r}")
-            yield from _one(part, key, value, f"{channel}.{key}")
+            yield from _one(part, key, value, f"{channel}.{key}", strict)
     elif isinstance(part, list):
         for position, value in enumerate(part):
             # A call's own number: its pieces stand in lists of one.
             number = value.get("index", position) if isinstance(value, dict) else position
-            yield from _one(part, position, value, f"{channel}.{number}")
+            yield from _one(part, position, value, f"{channel}.{number}", strict)
 
 
-def _one(holder: Any, key: str | int, value: Any, channel: str) -> Iterator[Text]:
+def _one(holder: Any, key: str | int, value: Any, channel: str, strict: bool) -> Iterator[Text]:
     if isinstance(value, str):
         if value:
             yield Text(channel, holder, key, value)
     else:
-        yield from _walk(value, channel)
+        yield from _walk(value, channel, strict)
 
 
 def cut(found: list[tuple[Text, int]], keep: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -11,10 +12,13 @@ from dataclasses import dataclass
 import httpx
 
 from monitor.upstream.breaker import Breaker, State
-from monitor.upstream.errors import TooSlow, Truncated, Unreachable, Unreadable
+from monitor.upstream.errors import TooSlow, Truncated, Unreachable, Unreadable, Unsendable
 
 # What a client may say to the upstream beside its body. No account, no key: those are the operator's.
-_REQUEST = ("content-type", "accept", "user-agent", "traceparent", "tracestate")
+_REQUEST = (b"accept", b"user-agent", b"traceparent", b"tracestate")
+_PLAIN = re.compile(rb"[\t\x20-\x7e]*")
+# Never the client's: with another charset the upstream would read another text than was judged.
+_JSON = {b"Content-Type": b"application/json"}
 _ANSWER = ("content-type", "retry-after", "retry-after-ms", "openai-processing-ms", "openai-version", "x-should-retry")
 _ANSWER_LIKE = "x-ratelimit-"
 _GATEWAY = (502, 503, 504)
@@ -80,7 +84,9 @@ class Upstream:
 
     def __init__(self, url: str, key: str | None = None, bounds: Bounds | None = None) -> None:
         self.bounds = bounds or Bounds()
-        self._own = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        self._own = {b"Accept-Encoding": b"identity"}
+        if key is not None:
+            self._own[b"Authorization"] = b"Bearer " + key.encode()
         self._breaker = Breaker(self.bounds.failures, self.bounds.pause_s)
         limits = httpx.Limits(
             max_connections=self.bounds.connections, max_keepalive_connections=self.bounds.connections
@@ -100,10 +106,10 @@ class Upstream:
         """One request; leaving the block closes its connection if the answer was not read to its end.
 
         path: below the url, like /chat/completions; headers: the client's
-        raises: Unreachable, TooSlow before an answer has begun
+        raises: Unreachable, Unsendable, TooSlow before an answer has begun
         """
-        kept = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers if k.decode("latin-1") in _REQUEST}
-        request = self._client.build_request(method, path.lstrip("/"), content=body or None, headers=kept | self._own)
+        given = _kept(headers) | self._own | (_JSON if body else {})
+        request = self._client.build_request(method, path.lstrip("/"), content=body or None, headers=given)
         response = await self._answered(request)
         try:
             yield Reply(response, self.bounds)
@@ -125,18 +131,25 @@ class Upstream:
             except TimeoutError as error:
                 self._breaker.failed()
                 raise TooSlow(f"the upstream did not begin to answer within {self.bounds.first_s:g} s") from error
+            except httpx.PoolTimeout as error:  # a bound of ours: it says nothing of the upstream
+                raise Unreachable("all connections to the upstream are in use; try again later") from error
+            except httpx.LocalProtocolError as error:  # ours too; and its text may show the operator's key
+                raise Unsendable("the request can't be sent to the upstream: a header of it is no HTTP") from error
             except httpx.HTTPError as error:
                 self._breaker.failed()
                 if attempt == self.bounds.retries:
                     raise Unreachable(f"the upstream can't be reached ({type(error).__name__})") from error
                 await asyncio.sleep(_FIRST_WAIT_S * 2**attempt)
                 continue
-            except BaseException:
-                self._breaker.given_up()
-                raise
             if response.status_code in _GATEWAY:  # it says itself that it is not there
                 self._breaker.failed()
             else:
                 self._breaker.succeeded()
             return response
         raise AssertionError("each attempt returns or raises")
+
+
+def _kept(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Those that go on. One that the other side's parser may refuse does not: it is not worth a failure."""
+    stripped = ((name, value.strip(b" \t")) for name, value in headers if name in _REQUEST)
+    return {name: value for name, value in stripped if _PLAIN.fullmatch(value)}

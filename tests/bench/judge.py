@@ -70,6 +70,7 @@ def outputs(live: LiveProbes, rows: np.ndarray) -> float:
 
     class Engine:
         output_processor = Processor()
+        add_request = output_processor.add_request
 
     class Nobody:
         def scored(self, seconds, n_tokens):

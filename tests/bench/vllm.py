@@ -128,9 +128,9 @@ def tap_cost(ours, model, n_probes):
     for _ in range(5):
         big.add_(1.0)
     bandwidth = 5 * 2 * big.nbytes / (time.perf_counter() - began)
-    (report,) = ours.run(ours.engine.collective_rpc("midstream_report"))
+    report = ours.run(ours.engine.collective_rpc("midstream_report"))[0]
     for n in (1, STREAMS):
-        (seconds,) = ours.run(ours.engine.collective_rpc("midstream_tap_seconds", args=(n,)))
+        seconds = ours.run(ours.engine.collective_rpc("midstream_tap_seconds", args=(n,)))[0]
         columns = 2 * max(8, n_probes)
         n_bytes = 4 * (report["d_model"] * columns + 2 * n * report["d_model"] + n * columns)
         say(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ..console_port import ConsolePort
+from ..console_port import port as port
 from ..debian import Unavailable
 from .browser import browser
 
@@ -34,10 +34,3 @@ def page(chromium):
     assert (chromium.violations, chromium.dialogs, chromium.called) == ([], [], [])
     chromium.run("localStorage.clear()")
     chromium.open("about:blank")
-
-
-@pytest.fixture
-def port(tmp_path):
-    one = ConsolePort(tmp_path)
-    yield one
-    one.stop()

@@ -255,6 +255,7 @@ def test_promote_roll_back_shadow_and_retrain(port, page):
     assert port.probes.asked == [
         ("promote", "demo", "v2"), ("rollback", "demo", "v1"), ("shadow", "demo", "v2"), ("retrain", "demo"),
     ]  # fmt: skip
+    page.until("!document.querySelector('dialog')")
     page.press("4")
     page.until("document.querySelector('.audit table')?.innerText.includes('/admin/probes/demo/rollback')")
     assert page.text(".audit table").count("admin:ann") >= 4

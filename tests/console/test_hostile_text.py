@@ -2,6 +2,7 @@
 
 import http.client
 import itertools
+import json
 
 import pytest
 
@@ -155,6 +156,24 @@ def test_names_of_probes_are_text(port, page):
     page.press("f")
     page.until(f"[...document.querySelectorAll('option')].some((o) => o.textContent === '{name}, prompt')")
     assert page.count(_FOREIGN) == 0
+
+
+HIDING = "\u00ad\u034f\u061c\u115f\u180b\u180e\u200d\u202e\u2065\u2069\u3164\ufe0f\uffa0\ufff9\U000e0041\U000e0100"
+EMOJI = ["\u2764\ufe0f", "\U0001f469\U0001f3fd\u200d\U0001f680", "\U0001f3f3\ufe0f\u200d\U0001f308"]
+
+
+def test_what_hides_in_text_is_a_box(port, page):
+    port.say("a" * 32, "".join(f"x{c}" for c in HIDING))
+    port.written()
+    port.sign_in(page)
+    shows(page, "x□" * len(HIDING))
+
+
+def test_what_joins_signs_to_an_emoji_is_a_box_anywhere_else(port, page):
+    page.open(f"http://127.0.0.1:{port.port}{HOME}")
+    given = ["".join(EMOJI), "a\u200db", "\u2764\ufe0f\ufe0f\u200dx", "\u200d\U0001f680", "1\ufe0f", "tab\tand\nline"]
+    made = page.run(f"import('{HOME}/dom.js').then(({{ visible }}) => {json.dumps(given)}.map(visible))")
+    assert made == [given[0], "a□b", "\u2764\ufe0f□□x", "□\U0001f680", "1□", given[-1]]
 
 
 @pytest.mark.parametrize("place", ["#/request/<img src=x onerror=payload(1)>/0", "#/%E0%A4%A", "#/queue/../x", "#x"])

@@ -98,6 +98,30 @@ def training(port, state, **more):
     port.probes.training = port.probes.training | {"state": state, "probe": "demo", "lines": ["fitting"]} | more
 
 
+def test_a_training_that_could_not_be_started_has_not_begun(port, page):
+    port.probes.starts = False
+    on_probes(port, page)
+    press_button(page, "Retrain")
+    page.press("Enter")
+    page.until("document.querySelector('dialog [role=alert]').innerText.includes('the disk is full')")
+    page.press("Escape")
+    assert "has begun" not in page.text("#toast")
+
+
+def test_behind_a_dialog_no_key_does_anything(port, page):
+    """Wherever the focus is: after a click beside the dialog's buttons it is in no dialog."""
+    on_probes(port, page)
+    press_button(page, "Promote")
+    page.until("document.querySelector('dialog[open]')")
+    page.run("document.activeElement.blur()")
+    page.press("2", "?")
+    assert page.count("dialog") == 1 and page.count(".live") == 0
+    page.press("Escape")
+    page.until("!document.querySelector('dialog')")
+    page.press("2")
+    page.until("document.querySelector('.live')")
+
+
 def test_a_training_that_is_left_has_not_failed(port, page):
     training(port, "running")
     on_probes(port, page)

@@ -15,7 +15,7 @@ from monitor.probe import ProbeWeights
 from monitor.types import Turn
 
 from ..conftest import LAYER
-from ..test_feature_log import hidden
+from ..feature_log import hidden
 from .conftest import COMMON, EVERYTHING, harness, make_plan
 from .test_engine import CHUNKED, FLAG, check, prompt
 
@@ -55,7 +55,7 @@ def test_parity_and_two_sets_of_weights_over_one_compile_cache(tiny, random_prob
         if i == 0:
             start_plain(plan)
         with harness(plan) as engine:
-            (report,) = engine.run(engine.engine.collective_rpc("midstream_report"))
+            report = engine.run(engine.engine.collective_rpc("midstream_report"))[0]
             assert report["compiled"] != "NONE"
             if report["device"] != "cpu":
                 assert report["cuda_graphs"] != "NONE"

@@ -8,6 +8,10 @@ import time
 import pytest
 import torch
 
+from monitor.engines.vllm.check import _decode
+from monitor.engines.vllm.nobody import Nobody
+from monitor.engines.vllm.selftest import check_decoding
+from monitor.errors import ProbeMismatch
 from monitor.probe import ProbeWeights
 
 from ..conftest import LAYER, calibrated
@@ -44,6 +48,26 @@ def fails(web, tmp_path, fail_mode):
     bank = web.harness.judge.banks.current
     phases = {phase: {"mode": "block"} for phase in ("prompt", "response")}
     bank.live = bank.live.under(as_file(tmp_path, {"fail_mode": fail_mode, "probes": {"random": phases}}))
+
+
+@pytest.fixture
+def sampled_without(web):
+    """The tap fails in decode steps alone, as a CUDA graph that was captured without it would have it."""
+    web.harness.run(web.harness.engine.collective_rpc("break_scores", args=("NaN", 1)))
+    yield
+    web.harness.run(web.harness.engine.collective_rpc("break_scores", args=("", 0)))
+
+
+def test_the_self_test_finds_a_tap_that_misses_decode_steps(web, sampled_without):
+    plan, scorer = web.harness.plan, web.harness.started.scorer
+    with pytest.raises(ProbeMismatch, match="when sampled than in a prompt: off by nan"):
+        web.harness.run(check_decoding(scorer, plan, plan.live))
+
+
+def test_check_times_no_decode_steps_without_scores(web, sampled_without):
+    """The first of them ends the answer: 64 would seem to take next to no time."""
+    with pytest.raises(ProbeMismatch, match="no score"):
+        web.harness.run(_decode(web.harness.started, Nobody()))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ from monitor.engines.vllm.support import POOLED
 from monitor.traffic.features import Chances, Events, FeatureLog, FeatureWriter, Origin, read_features
 from monitor.types import Phase, Turn
 
-from ..test_feature_log import close_to, hidden
+from ..feature_log import close_to, hidden
 from ..test_records import until
 from .conftest import EAGER, EVERYTHING, harness, make_plan
 from .test_engine import CHUNKED, FLAG, check, prompt

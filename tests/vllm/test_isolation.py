@@ -1,4 +1,4 @@
-"""A tap that falls silent is told, never taken for harmless. (Requests that are crossed: T8 in tests/siege.py.)"""
+"""A tap that falls silent is told, never taken for harmless. (Requests that are crossed: T8 in tests/siege.)"""
 
 import httpx
 import numpy as np

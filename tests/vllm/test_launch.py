@@ -1,4 +1,4 @@
-"""Without an engine: what of vLLM's arguments is refused, and a vLLM that takes no more requests."""
+"""Without an engine: what of vLLM's arguments is refused, workers that disagree, a vLLM that takes no more requests."""
 
 import asyncio
 from types import SimpleNamespace
@@ -8,10 +8,12 @@ from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
 from monitor.config import DEMO_MODEL, cache_dir, load_settings
+from monitor.engines.identity import locate
 from monitor.engines.vllm import launch
+from monitor.engines.vllm.check import agreed
 from monitor.engines.vllm.reread import VllmRereading
 from monitor.engines.vllm.scorer import VllmScorer
-from monitor.errors import ConfigInvalid, Overloaded
+from monitor.errors import ConfigInvalid, Overloaded, ProbeMismatch
 from monitor.types import Caller, Prompt, Turn
 
 FULL = [QueueOverflowError(), EngineGenerateError()]
@@ -22,6 +24,49 @@ def test_tls_is_refused_and_not_ignored(demo, extra):
     settings = load_settings(engine="vllm", model=DEMO_MODEL, cache=cache_dir())
     with pytest.raises(ConfigInvalid, match="plain HTTP"):
         launch.plan(settings, extra)
+
+
+RENDERING = [
+    ["--chat-template", "{{ messages }}"],
+    ["--chat_template={{ messages }}"],
+    ["--default-chat-template-kwargs", '{"enable_thinking": false}'],
+    ["--tokenizer", "another/model"],
+    ["--tokenizer-mode", "mistral"],
+    ["--tokenizer_revision", "main"],
+]
+
+
+def parse(extra):
+    settings = load_settings(engine="vllm", model=DEMO_MODEL, cache=cache_dir())
+    return launch.parse(settings, extra, "name", "float32")
+
+
+@pytest.mark.parametrize("extra", RENDERING, ids=lambda extra: extra[0])
+def test_what_would_render_other_prompts_is_refused(extra):
+    """The thresholds would be those of another rendering."""
+    with pytest.raises(ConfigInvalid, match="chat template and tokenizer"):
+        parse(extra)
+
+
+def test_the_models_own_tokenizer_may_be_named():
+    own = str(locate(DEMO_MODEL, cache_dir()))
+    for extra in (["--tokenizer-mode", "hf"], ["--tokenizer", own], ["--tokenizer", DEMO_MODEL]):
+        parse(extra)
+
+
+def test_keys_are_midstreams_however_vllm_is_told_of_others(tmp_path):
+    (tmp_path / "vllm.yaml").write_text("api-key: mine\n")
+    for extra in (["--api_key", "mine"], ["--api_key=mine"], ["--config", str(tmp_path / "vllm.yaml")]):
+        with pytest.raises(ConfigInvalid, match="MIDSTREAM_API_KEY"):
+            parse(extra)
+
+
+def test_each_worker_of_tensor_parallelism_reports_and_they_agree():
+    report = {"d_model": 64, "n_layers": 4, "layers": [2], "tap_seconds": 0.1}
+    assert agreed([report]) == report
+    assert agreed([report, report | {"tap_seconds": 0.2}]) == report
+    with pytest.raises(ProbeMismatch, match=r"layers \[2\] and \[3\]"):
+        agreed([report, report | {"layers": [3]}])
 
 
 class Busy:

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from ..conftest import calibrated
+from ..overload import overloaded
+from ..shapes import SHAPES, fuzzed, send_shape
 from ..test_connection import t11
-from ..test_limits import SHAPES, fuzzed, overloaded, send_shape
 from ..web import percentile, until, whole
 from .conftest import EAGER, VllmServer
 

@@ -5,20 +5,12 @@ import json
 import httpx
 import pytest
 
-from ..collector import Collector, table
+from ..collector import PARENT, SECRET, TRACE, table
+from ..collector import collector as collector
 from ..conftest import calibrated
 from .conftest import EAGER, VllmServer
 
 MODES = json.dumps({"random": {"prompt": "block", "response": "block"}})
-SECRET = "xylophone"
-TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
-@pytest.fixture
-def collector():
-    running = Collector()
-    yield running
-    running.close()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ Calibrations = dict[Format, dict[Phase, Calibration]]
 class Beside:
     """Calibrates a candidate for what the version in service is calibrated for, beside prompts of chat.
 
-    target: the rate to certify; as many rows as it takes are used, drawn at random
+    target: the rate to certify; of answers as many as it takes, and a few more, drawn at random
     """
 
     reader: Reader
@@ -48,14 +48,17 @@ class Beside:
             return {}, ""
         if len(texts) < need:
             return {}, f"{need - len(texts)} more harmless --frozen rows certify answers and completions"
-        some = Random(0).sample(list(texts), need)  # noqa: S311 - which rows, not a secret
+        drawn = min(len(texts), need + need // 20 + 1)  # some answers are empty, and have no value
+        some = Random(0).sample(list(texts), drawn)  # noqa: S311 - which rows, not a secret
         found: Calibrations = {}
+        missing = []
         for form, phase in wanted:
             values = self._raw(texts) if form == "raw" else self._answers(some)
             if len(values) < need:
-                return found, f"{len(values)} values of {form} {phase}s are too few to certify {self.target:.2%}"
+                missing.append(f"{len(values)} values of {form} {phase}s are too few to certify {self.target:.2%}")
+                continue
             found.setdefault(form, {})[phase] = Calibration.fit(values, _SOURCE)
-        return found, ""
+        return found, "; ".join(missing)
 
     def _raw(self, texts: Sequence[str]) -> list[float]:
         """One word has no position left to judge."""

@@ -7,31 +7,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from monitor import __version__
 from monitor.config import Settings
 from monitor.engines.embedded.model import LoadedModel, load_model
-from monitor.errors import ConfigInvalid
+from monitor.errors import ConfigInvalid, ProbeInvalid
 from monitor.types import Phase
 from probes_store import promote as promoting
 from probes_store.card import Card, DataFile
 from probes_store.store import Store, StoredProbe, model_slug
 from training.checks import EXIT_CODE, Verdict
-from training.data import EVALUATE_ONLY, Row, same_text
-from training.fit import Array
+from training.data import Row
 from training.frozen import Report, compare, frozen_rows, must_match, refuse_fitted
-from training.load import read_rows, stem
 from training.retrain.beside import Beside, widened
-from training.retrain.candidate import Made, Start, make, start_of
-from training.retrain.said import all_said, read_said
-from training.retrain.traffic import Rows, Traffic, read_traffic
-from training.retrain.weighing import Weighed, alike, leaked, weigh
+from training.retrain.candidate import Made, make
+from training.retrain.gather import Given, gather
+from training.retrain.traffic import Traffic, read_traffic
 from training.run import canaries_of
 from training.texts import Reader
 
@@ -67,9 +64,9 @@ class Retrainer:
         live = self._live()
         self._say(f"started from {live.card.version}")
         frozen, described = frozen_rows(self.asked.frozen) if self.asked.frozen else ([], ())
-        refuse_fitted(live, described)  # a candidate is gone on from it
-        since = self._newest().card.seen_until
-        traffic = read_traffic(self.settings.log, self.settings.features, live.card, since)
+        refuse_fitted(live, described, recipe=True)  # a candidate is gone on from it
+        texts = self.settings.log_key is not None
+        traffic = read_traffic(self.settings.log, self.settings.features, live.card, self._since(), texts)
         with self.console.status(f"loading {self.settings.model} …"):
             dtype = self.settings.dtype or live.card.model.dtype
             model = load_model(
@@ -77,8 +74,12 @@ class Retrainer:
             )
         must_match(live, model)
         reader = Reader(model, MAX_TEXT_TOKENS)
-        made, counts, files = self._make(live, traffic, reader, frozen)
-        card = self._card(live, made, traffic, counts, reader, files)
+        given = gather(self.settings, self.asked.data, live, traffic, reader, frozen, self.console)
+        self._counted(given)
+        made = make(
+            live, given.start, given.x, given.y, given.weights, given.sampled, given.everyday, self.asked.target
+        )
+        card = self._card(live, made, traffic, given, reader)
         report, verdict = self._judged(model, live, card, made, frozen, described)
         if verdict is not Verdict.DEGRADED and not made.needed:
             card = self._wide(live.card, card, made, reader, frozen)
@@ -94,81 +95,31 @@ class Retrainer:
             raise ConfigInvalid(
                 f"{live.card.name} watches a concept; labels say harmful or harmless: name a harm probe"
             )
+        if live.card.of_answers:
+            raise ConfigInvalid(
+                f"{live.card.name} judges answers, and labels of traffic are about prompts; train it again with "
+                "midstream train --recipe, whose files label answers"
+            )
         return live
 
-    def _newest(self) -> StoredProbe:
-        """What has seen the newest labels, live or not."""
-        version = self.store.newest(self.slug, self.asked.probe) or ""
-        return self.store.load(self.slug, self.asked.probe, version)
+    def _since(self) -> float:
+        """Until when the newest version, live or not, has seen the labels."""
+        for version in reversed(self.store.versions(self.slug, self.asked.probe)):
+            with suppress(ProbeInvalid):  # a damaged one has seen nothing that anybody could tell
+                return self.store.load(self.slug, self.asked.probe, version).card.seen_until
+        return 0.0
 
-    # --- rows -------------------------------------------------------------------------------------------------------
-
-    def _make(
-        self, live: StoredProbe, traffic: Traffic, reader: Reader, frozen: Sequence[Row]
-    ) -> tuple[Made, dict[str, Any], list[DataFile]]:
-        said, unread = read_said(self.settings, traffic.unread, reader, live.card, self.console)
-        whole = np.where(all_said(self.settings, traffic.rows.ids), 1.0, traffic.rows.q)
-        rows = _joined(replace(traffic.rows, q=whole), said)
-        called = rows.sampled & (rows.y == 0)
-        start = start_of(live, np.concatenate([traffic.everyday, rows.x[called]]))
-        weighed = self._weighed(rows, start)
-        weights = weighed.weights.copy()
-        dropped = leaked(rows.x, _features(reader, frozen, live.card), start.scaler)
-        weights[dropped] = 0.0
-        x, y, sampled, files = rows.x, rows.y, rows.sampled, []
-        for file in self.asked.data:
-            more, described = self._data(file, frozen)
-            files.append(described)
-            x = np.concatenate([x, _features(reader, more, live.card)])
-            labels = np.array([r.label for r in more], dtype=np.int64)
-            y = np.concatenate([y, labels])
-            weights = np.concatenate([weights, alike(labels, np.ones(len(more)))])
-            sampled = np.concatenate([sampled, np.zeros(len(more), dtype=bool)])
-        counts = {
-            "labels": len(rows.y),
-            "harmful": int(rows.y.sum()),
-            "counted": int((weighed.weights > 0).sum() - dropped.sum()),
-            "from_texts": len(said.y),
-            "unread": unread,
-            "strange": traffic.strange,
-            "copies": weighed.copies,
-            "torn": weighed.torn,
-            "in_frozen": int(dropped.sum()),
-            "tenants": len(set(rows.tenants)),
-            "capped": len(weighed.capped),  # their names are in the audit log; a card may be shared
-            "everyday": len(traffic.everyday) + int(called.sum()),
-            "data_rows": len(y) - len(rows.y),
-        }
-        self._say(", ".join(f"{name} {value}" for name, value in counts.items()))
-        if weighed.capped:
-            self._say(f"held to their share: {', '.join(name or '(no key)' for name in weighed.capped)}")
-        return make(live, start, x, y, weights, sampled, traffic.everyday, self.asked.target), counts, files
-
-    def _weighed(self, rows: Rows, start: Start) -> Weighed:
-        share = self.settings.retrain_tenant_share
-        return weigh(rows.x, rows.y, rows.q, rows.tenants, start.scaler, share, start.rows)
-
-    def _data(self, file: str, frozen: Sequence[Row]) -> tuple[list[Row], DataFile]:
-        if stem(file) in EVALUATE_ONLY:
-            raise ConfigInvalid(f"{file}: for evaluation only; take it out of --data, or rename your own file")
-        rows, described = read_rows(file)
-        known = {same_text(r.text) for r in frozen}
-        new = [r for r in rows if not r.answer and same_text(r.text) not in known]
-        return new, described.model_copy(update={"used": {"fit": len(new)}})
+    def _counted(self, given: Given) -> None:
+        self._say(", ".join(f"{name} {value}" for name, value in given.counts.items()))
+        if given.capped:  # their names are in the audit log alone; a card may be shared
+            self._say(f"held to their share: {', '.join(name or '(no key)' for name in given.capped)}")
 
     # --- the candidate ----------------------------------------------------------------------------------------------
 
-    def _card(
-        self,
-        live: StoredProbe,
-        made: Made,
-        traffic: Traffic,
-        counts: dict[str, Any],
-        reader: Reader,
-        files: Sequence[DataFile],
-    ) -> Card:
+    def _card(self, live: StoredProbe, made: Made, traffic: Traffic, given: Given, reader: Reader) -> Card:
         card = live.card
-        retrained = {"from": card.version, "until": traffic.until, "share": self.settings.retrain_tenant_share} | counts
+        share = self.settings.retrain_tenant_share
+        retrained = {"from": card.version, "until": traffic.until, "share": share} | given.counts
         kept = {name: value for name, value in card.fit.items() if name == "recipe"}
         return card.model_copy(
             update={
@@ -179,7 +130,7 @@ class Retrainer:
                 "calibration": made.calibration,
                 "thresholds": made.thresholds,
                 "platt": made.platt,
-                "data": (*card.data, *files),
+                "data": (*card.data, *given.files),
                 "fit": {"method": made.fitted.method, **made.fitted.details, "retrained": retrained, **kept},
                 "metrics": {"held_out": made.held_out, "gate": None},
                 "canaries": canaries_of(reader, made.probe),
@@ -277,26 +228,6 @@ def _told(report: Report, live: str) -> dict[str, Any]:
         "data": [file.model_dump() for file in report.data],
         "checks": [asdict(check) | {"verdict": check.verdict.value} for check in decision.checks],
     }
-
-
-def _joined(one: Rows, other: Rows) -> Rows:
-    return Rows(
-        one.ids + other.ids,
-        np.concatenate([one.x, other.x]),
-        np.concatenate([one.y, other.y]),
-        np.concatenate([one.q, other.q]),
-        one.tenants + other.tenants,
-        np.concatenate([one.sampled, other.sampled]),
-    )
-
-
-def _features(reader: Reader, rows: Sequence[Row], card: Card) -> Array:
-    """(n, n_layers * d_model): as the feature log pools them, by the model."""
-    out = np.zeros((len(rows), len(card.layers), card.d_model))
-    for index, turn in reader.streams(rows, card.layers):
-        for column, layer in enumerate(card.layers):
-            out[index, column] = turn[layer].mean(0).double().numpy()
-    return out.reshape(len(rows), len(card.layers) * card.d_model)
 
 
 def retrain(settings: Settings, asked: Asked, note: Note) -> int:

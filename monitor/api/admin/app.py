@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path
@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from monitor import __version__
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.console import PATHS, console_routes
 from monitor.api.admin.desk import Desk
 from monitor.api.admin.guard import AdminGuard
@@ -69,7 +70,7 @@ class Tracer(Protocol):
 class Operations:
     """What the routes do. engine: what serves; records: of one request id, by choice; erase: the records of a key's
     name or of a request id, and how many there were; probes: versions and retraining; desk: what the console reviews.
-    None: there are no such routes"""
+    None: there are no such routes. aside: where what is slow is done; whoever serves closes it"""
 
     engine: Callable[[], Mapping[str, Any]]
     policies: Policies
@@ -81,6 +82,7 @@ class Operations:
     erase: Callable[[str | None, str | None], int] | None = None
     probes: ProbeOperations | None = None
     desk: Desk | None = None
+    aside: Aside = field(default_factory=Aside)
 
 
 class _Message(BaseModel):
@@ -113,14 +115,14 @@ def create_admin(
     app = FastAPI(title="midstream admin", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _reading(app, operations)
     _changing(app, operations)
-    keeping_routes(app, operations.records, operations.audit, operations.erase)
+    keeping_routes(app, operations.records, operations.audit, operations.erase, operations.aside)
     _scoring(app, operations.tracer)
     if operations.probes is not None:
         probe_routes(app, operations.probes)
     sessions = Sessions(idle_s, clock)
     session_routes(app, sessions)
     if operations.desk is not None:
-        review_routes(app, operations.desk)
+        review_routes(app, operations.desk, operations.aside)
     console_routes(app)
     _errors(app)
     return AdminGuard(
@@ -131,6 +133,7 @@ def create_admin(
         host=host,
         counted=counted,
         sessions=sessions,
+        aside=operations.aside,
         shell=PATHS,
         clock=clock,
     )

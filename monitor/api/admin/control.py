@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from monitor.api.admin.app import KeyTable, Operations
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.desk import Desk
 from monitor.api.admin.feed import Feed
 from monitor.api.admin.probes import ProbeOperations
@@ -28,6 +29,9 @@ from monitor.traffic import find_records
 from monitor.traffic.features import FeatureLog
 from monitor.types import Phase, Scorer
 from probes_store.base import load_base
+
+Versions = tuple[tuple[str, str, str], ...]
+Normals = dict[tuple[str, Phase], dict[int, Normal]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +66,30 @@ def operations(
         metrics.policy_reloads.labels(result)
         metrics.probe_reload.labels(result)
 
+    aside = Aside()
+    normals: dict[Versions, Normals] = {}  # of the set that was staged last
+
+    async def stage(live: LiveProbes) -> None:
+        # Before anything serves: what was refused must not be in service. And once for each set, off the event loop.
+        found = await aside(harmless, live) if metrics.shift.watched else {}
+        await serving.stage(live)
+        normals.clear()
+        normals[live.versions] = found
+
     def put(live: LiveProbes) -> None:
         serving.put(live)
         show_probes(metrics, live)
+        if live.versions in normals:  # else the same probes serve under another policy
+            metrics.shift.expect(normals[live.versions])
 
     keeper = PolicyKeeper(settings, serving.live, put, lambda result: metrics.policy_reloads.labels(result).inc())
-    tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name)
-    slots = Slots(serving.live, serving.stage, put)
-    swap = Swap(slots, serving.model, settings, audit, lambda result: metrics.probe_reload.labels(result).inc(), say)
+    tracing = Tracing(serving.scorer, serving.model.template, serving.probes, serving.model.name, aside)
+    slots = Slots(serving.live, stage, put)
+
+    def reloaded(result: Literal["loaded", "refused"]) -> None:
+        metrics.probe_reload.labels(result).inc()
+
+    swap = Swap(slots, serving.model, settings, audit, reloaded, say, aside)
     shelf = Shelf(
         swap.store,
         swap.slug,
@@ -80,15 +100,15 @@ def operations(
         metrics.drift.standings,
     )
     flush = (lambda: None) if features is None else features.flush
-    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings), flush)
+    retraining = Retraining(lambda name: swap.store.newest(swap.slug, name), environment(settings), aside, flush)
 
     def tell() -> None:
         for name, needed in shelf.needs().items():
             metrics.calibration_rows_needed.labels(name).set(needed)
 
-    probes = ProbeOperations(swap, shelf.describe, retraining, tell)
+    probes = ProbeOperations(swap, shelf.describe, retraining, tell, aside)
     records = functools.partial(find_records, settings.log)
-    desk = None if feed is None else Desk.of(settings, feed, serving.model.template)
+    desk = None if feed is None else Desk.of(settings, feed, serving.model.template, aside)
     return Operations(
         serving.describe,
         keeper,
@@ -100,6 +120,7 @@ def operations(
         erase=erase,
         probes=probes,
         desk=desk,
+        aside=aside,
     )
 
 
@@ -116,16 +137,14 @@ def show_probes(metrics: Metrics, live: LiveProbes) -> None:
     cards = [(p.name, p.card) for p in live.probes]
     shown = [(name, c.version, c.sha256, ",".join(map(str, c.layers)), c.kind) for name, c in cards]
     metrics.probes(shown, live.rules, references, live.policies)
-    if metrics.shift.watched:
-        metrics.shift.expect(harmless(live))
 
 
-def harmless(live: LiveProbes) -> dict[tuple[str, Phase], dict[int, Normal]]:
+def harmless(live: LiveProbes) -> Normals:
     """Where the harmless training rows of each probe lay that says so, by layer.
 
     raises: ProbeInvalid if what lies beside a probe is damaged
     """
-    found: dict[tuple[str, Phase], dict[int, Normal]] = {}
+    found: Normals = {}
     for probe in live.probes:
         base, calibrated = load_base(probe), probe.card.calibration.get("chat", {})
         of_layers = {} if base is None else {layer: Normal.of(base.cells[layer, 0]) for layer in base.layers}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.feed import Feed
 from monitor.api.admin.lensing import Lensing
 from monitor.api.spelled import spell_answer, spell_prompt
@@ -54,11 +55,12 @@ class Desk:
     lens: Lensing | None = None
 
     @classmethod
-    def of(cls, settings: Settings, feed: Feed, template: ChatTemplate) -> Desk:
+    def of(cls, settings: Settings, feed: Feed, template: ChatTemplate, aside: Aside) -> Desk:
         cipher = Cipher(settings.log_key) if settings.log_key else None
         # Another engine's model may be too large for a second copy of it, on a CPU.
         embedded = settings.engine == "embedded" and settings.upstream is None
-        return cls(settings.log, feed, template, cipher, Lensing(settings) if embedded and cipher is not None else None)
+        lens = Lensing(settings, aside) if embedded and cipher is not None else None
+        return cls(settings.log, feed, template, cipher, lens)
 
     def queue(self, which: Filter, limit: int, after: tuple[float, int] | None) -> Page:
         """The highest value first, what has no score before it. raises: ConfigInvalid"""

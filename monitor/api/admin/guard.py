@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -13,6 +12,7 @@ from typing import Literal
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.outcome import room_for_outcome
 from monitor.api.admin.session import COOKIE, THE_KEY, Operator, Sessions, judge_session
 from monitor.api.errors import ApiError
@@ -56,6 +56,7 @@ class AdminGuard:
 
     host: the address that the port is bound to; counted: called once for every request; clock: seconds
     sessions: of browsers that have shown the key; shell: paths of files that hold no data, which anybody may read
+    aside: where the audit log is written
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class AdminGuard:
         host: str,
         counted: Callable[[Outcome], None],
         sessions: Sessions,
+        aside: Aside,
         shell: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app, self._audit, self._key, self._shared, self._counted = app, audit, key, shared, counted
-        self._sessions, self._shell = sessions, shell
+        self._sessions, self._aside, self._shell = sessions, aside, shell
         self._digest = _digest(key.encode())
         self._host = host.lower()
         self._wrong = PerMinute(clock=clock)
@@ -153,7 +155,7 @@ class AdminGuard:
         unwritten, self._unwritten = self._unwritten, 0
         path = scope["path"].replace(self._key, "[key]")
         try:
-            return await asyncio.to_thread(self._audit.write, actor, peer, scope["method"], path, refused, unwritten)
+            return await self._aside(self._audit.write, actor, peer, scope["method"], path, refused, unwritten)
         except AuditFailed:
             self._unwritten += unwritten + (refused is not None)
             raise
@@ -167,7 +169,7 @@ class AdminGuard:
             if message["type"] == "http.response.start":
                 try:
                     result = " ".join([str(message["status"]), *said]).replace(self._key, "[key]")
-                    await asyncio.to_thread(self._audit.ended, row, result)
+                    await self._aside(self._audit.ended, row, result)
                 except AuditFailed:
                     failed = True
                     self._counted("audit_failed")

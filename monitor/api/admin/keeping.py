@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.outcome import did
 from monitor.api.admin.plain import dumped, json_response
 from monitor.api.errors import ApiError
@@ -33,12 +33,12 @@ class EraseRequest(BaseModel):
     id: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,128}$")] | None = None
 
 
-def keeping_routes(app: FastAPI, records: Records, audit: Audit, erase: Erase | None) -> None:
+def keeping_routes(app: FastAPI, records: Records, audit: Audit, erase: Erase | None, aside: Aside) -> None:
     """erase: None: there is no such route"""
 
     @app.get("/admin/records/{request_id}")
     async def of_request(request_id: RequestId) -> Response:
-        content = await asyncio.to_thread(lambda: _by_ones(records(request_id)))
+        content = await aside(lambda: _by_ones(records(request_id)))
         if content is None:
             raise ApiError(404, f"there is no record of {request_id!r} (any more)", code="not_found")
         return Response(content, media_type="application/json")
@@ -50,10 +50,10 @@ def keeping_routes(app: FastAPI, records: Records, audit: Audit, erase: Erase | 
         reads: bool = True,
     ) -> Response:
         """before: a row's id, for the page behind it; reads: with the rows of who has only looked"""
-        return json_response({"rows": await asyncio.to_thread(audit.latest, limit, before, reads)})
+        return json_response({"rows": await aside(audit.latest, limit, before, reads)})
 
     if erase is not None:
-        _erasing(app, erase)
+        _erasing(app, erase, aside)
 
 
 def _by_ones(found: list[dict[str, Any]]) -> bytes | None:
@@ -61,7 +61,7 @@ def _by_ones(found: list[dict[str, Any]]) -> bytes | None:
     return b'{"records": [' + b", ".join(map(dumped, found)) + b"]}" if found else None
 
 
-def _erasing(app: FastAPI, erase: Erase) -> None:
+def _erasing(app: FastAPI, erase: Erase, aside: Aside) -> None:
     @app.post("/admin/erase")
     async def erased(request: Request, body: EraseRequest) -> Response:
         if (body.key is None) == (body.id is None):
@@ -69,6 +69,6 @@ def _erasing(app: FastAPI, erase: Erase) -> None:
         number = None if body.id is None else request_key(body.id)
         whose = f"request {number}" if body.key is None else f"key {body.key!r}"
         did(request, f"{whose}: erase")
-        n = await asyncio.to_thread(erase, body.key, number)
+        n = await aside(erase, body.key, number)
         did(request, f"{whose}: {n} erased")
         return json_response({"erased": n})

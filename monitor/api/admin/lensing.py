@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.retraining import environment
 from monitor.api.errors import ApiError
 from monitor.config import Settings
@@ -29,10 +29,10 @@ class Lensing:
     command: what is run, the conversation on its stdin: arguments are for everybody on the machine to read
     """
 
-    def __init__(self, settings: Settings, command: Sequence[str] | None = None) -> None:
+    def __init__(self, settings: Settings, aside: Aside, command: Sequence[str] | None = None) -> None:
         self._command = command or (sys.executable, "-m", "monitor.cli", "lens", "-", "--json", "--last", str(LAST))
         self._environment = environment(settings, _SETTINGS)
-        self._busy = False
+        self._aside, self._busy = aside, False
 
     async def look(self, turns: Sequence[dict[str, str]]) -> dict[str, Any]:
         """What `midstream lens --json` says of a conversation, its last tokens.
@@ -53,7 +53,7 @@ class Lensing:
     async def _run(self, given: bytes) -> dict[str, Any]:
         process = self._started()
         try:
-            out, err = await asyncio.to_thread(process.communicate, given, MAX_S)
+            out, err = await self._aside(process.communicate, given, MAX_S)
         except subprocess.TimeoutExpired:
             raise ApiError(504, f"the logit lens took longer than {MAX_S:g} s and was ended", code="too_slow") from None
         finally:  # also when nobody waits for it any more

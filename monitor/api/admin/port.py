@@ -58,6 +58,7 @@ async def controlled(
     listener: bound, not yet listening
     """
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, operations.aside.close)
         stack.enter_context(reload_at_hangup(operations, say))
         if operations.probes is not None:
             await stack.enter_async_context(beside(operations.probes.changes.follow()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Path
@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.outcome import did
+from monitor.api.admin.plain import json_response
 from monitor.api.errors import ApiError
 from monitor.errors import MidstreamError, Overloaded
 from probes_store.promote import Choice
@@ -53,12 +55,13 @@ class ProbeOperations:
     shelf: Callable[[], Mapping[str, Any]]
     retrain: Retrainer
     tell: Callable[[], None] = lambda: None
+    aside: Aside = field(default_factory=Aside)
 
     async def keep_telling(self) -> None:
         """Until it is cancelled."""
         while True:
             with contextlib.suppress(MidstreamError):  # a damaged live.json is told of where it is followed
-                await asyncio.to_thread(self.tell)
+                await self.aside(self.tell)
             await asyncio.sleep(TELL_S)
 
 
@@ -97,7 +100,7 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
 
     @app.get("/admin/probes")
     async def probes() -> Response:
-        return JSONResponse(await asyncio.to_thread(operations.shelf))
+        return await operations.aside(lambda: json_response(operations.shelf()))
 
     @app.post("/admin/probes/{name}/promote")
     async def promote(request: Request, name: Name, body: PromoteRequest) -> Response:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from monitor.api.admin.aside import Aside
 from monitor.config import PREFIX, Settings
 from monitor.errors import MidstreamError
 
@@ -70,12 +71,13 @@ class Retraining:
         self,
         newest: Callable[[str], str | None],
         environment: Mapping[str, str],
+        aside: Aside,
         before: Callable[[], None] = lambda: None,
         command: Callable[[str], Sequence[str]] = command,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._newest, self._environment, self._command, self._clock = newest, environment, command, clock
-        self._first = before
+        self._first, self._aside = before, aside
         self._before: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -96,7 +98,7 @@ class Retraining:
         self._lines.clear()
         self._before = self._newest(probe)
         try:
-            await asyncio.to_thread(self._first)
+            await self._aside(self._first)
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(probe),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from monitor.api.admin.aside import Aside
 from monitor.api.admin.desk import Desk, Page
 from monitor.api.admin.feed import seen
 from monitor.api.admin.outcome import did
@@ -56,13 +57,13 @@ class LensRequest(BaseModel):
     choice: Annotated[int, Field(ge=0, le=MAX_CHOICE)] = 0
 
 
-def review_routes(app: FastAPI, desk: Desk) -> None:
-    _reading(app, desk)
-    _labelling(app, desk)
+def review_routes(app: FastAPI, desk: Desk, aside: Aside) -> None:
+    _reading(app, desk, aside)
+    _labelling(app, desk, aside)
     _watching(app, desk)
 
 
-def _reading(app: FastAPI, desk: Desk) -> None:
+def _reading(app: FastAPI, desk: Desk, aside: Aside) -> None:
     @app.get("/admin/queue")
     async def queue(
         order: Literal["value", "threshold"] = "value",
@@ -82,15 +83,15 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         which = Filter(probe, phase, key=key, since=since, until=until, labelled=done, **chosen)
         page: Page
         if order == "value":
-            page = await asyncio.to_thread(desk.queue, which, limit, _place(after))
+            page = await aside(desk.queue, which, limit, _place(after))
         else:
-            page = await asyncio.to_thread(desk.nearest, which, limit, around, _place(after))
+            page = await aside(desk.nearest, which, limit, around, _place(after))
         told = {"entries": page.entries, "next": None if page.next is None else _cursor(page.next)}
         return json_response(told | {"around": page.around})
 
     @app.get("/admin/queue/counts")
     async def counts() -> Response:
-        return json_response(await asyncio.to_thread(desk.counts))
+        return json_response(await aside(desk.counts))
 
     @app.get("/admin/requests/{request_id}")
     async def one(
@@ -99,7 +100,7 @@ def _reading(app: FastAPI, desk: Desk) -> None:
     ) -> Response:
         try:
             # Its JSON too: the event loop is the one that the data routes' tokens go through.
-            return await asyncio.to_thread(lambda: json_response(desk.request(request_id, choice)))
+            return await aside(lambda: json_response(desk.request(request_id, choice)))
         except NoSuchRecord as error:
             raise ApiError(404, str(error), code="not_found") from None
 
@@ -109,11 +110,11 @@ def _reading(app: FastAPI, desk: Desk) -> None:
         if desk.lens is None:
             message = "this server runs no logit lens: it needs kept text and the embedded engine"
             raise ApiError(404, message, code="not_found")
-        turns = await asyncio.to_thread(desk.conversation, body.id, body.choice)
+        turns = await aside(desk.conversation, body.id, body.choice)
         return json_response(await desk.lens.look(turns))
 
 
-def _labelling(app: FastAPI, desk: Desk) -> None:
+def _labelling(app: FastAPI, desk: Desk, aside: Aside) -> None:
     @app.post("/admin/labels")
     async def label(request: Request, body: LabelRequest) -> Response:
         name = operator_of(request).name
@@ -122,7 +123,7 @@ def _labelling(app: FastAPI, desk: Desk) -> None:
         by = name or body.by or "admin"
         did(request, f"label {body.id} {body.label}")
         try:
-            done = await asyncio.to_thread(desk.label, body.id, body.choice, body.label, by)
+            done = await aside(desk.label, body.id, body.choice, body.label, by)
             was = f", was {done['before']}" if done["before"] else ""
             did(request, f"labelled {done['id']}/{done['choice']} {body.label}{was}" + ("" if name else f" by {by}"))
             return json_response(done)

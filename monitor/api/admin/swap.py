@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from monitor.api.admin.aside import Aside
 from monitor.audit import Audit, AuditFailed
 from monitor.config import Settings
 from monitor.errors import ConfigInvalid, MidstreamError, Overloaded
@@ -47,10 +48,11 @@ class Swap:
         audit: Audit,
         counted: Callable[[Result], None],
         say: Callable[[str], None],
+        aside: Aside,
     ) -> None:
         self.store, self.slug = Store(settings.store), model_slug(model.name)
         self._slots, self._model, self._settings, self._audit = slots, model, settings, audit
-        self._counted, self._say = counted, say
+        self._counted, self._say, self._aside = counted, say, aside
         self._one = asyncio.Lock()
 
     # --- live.json, as anybody may change it -------------------------------------------------------------------------
@@ -122,7 +124,7 @@ class Swap:
 
         async with self._one:
             try:
-                return await asyncio.to_thread(act, tried)
+                return await self._aside(act, tried)
             except MidstreamError:
                 self._counted("refused")
                 with contextlib.suppress(MidstreamError):  # the old file's own fault is not the answer to this
@@ -136,7 +138,7 @@ class Swap:
 
         raises: MidstreamError, and the old set stays
         """
-        candidates, refused = await asyncio.to_thread(load_candidates, self._model, self.store, chosen)
+        candidates, refused = await self._aside(load_candidates, self._model, self.store, chosen)
         try:
             await self._change(chosen, candidates, audited)
         except (AuditFailed, Overloaded):
@@ -151,13 +153,13 @@ class Swap:
 
     async def _change(self, chosen: Mapping[str, str] | None, beside: Sequence[StoredProbe], audited: bool) -> None:
         slots, before = self._slots, self._slots.live()
-        live = await asyncio.to_thread(
+        live = await self._aside(
             load_live, self._model, self.store, self._settings, chosen=chosen, file=before.file, beside=beside
         )
         if live.versions == before.versions:
             return
         now = ", ".join(f"{name} {version}" for name, version, _ in live.versions)
-        row = await asyncio.to_thread(self._audit.write, "store", "", "RELOAD", f"probes: {now}") if audited else None
+        row = await self._aside(self._audit.write, "store", "", "RELOAD", f"probes: {now}") if audited else None
         try:
             await slots.stage(live)
             # The policy may have been replaced meanwhile.
@@ -165,9 +167,9 @@ class Swap:
             slots.put(live if file is live.file else live.under(file))
         except MidstreamError as error:
             if row is not None:
-                await asyncio.to_thread(self._audit.ended, row, f"refused: {error}")
+                await self._aside(self._audit.ended, row, f"refused: {error}")
             raise
         if row is not None:
-            await asyncio.to_thread(self._audit.ended, row, "loaded")
+            await self._aside(self._audit.ended, row, "loaded")
         self._counted("loaded")
         self._say(f"probes in service: {now}")

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+from monitor.api.admin.aside import Aside
 from monitor.template import ChatTemplate
 from monitor.types import Caller, Phase, Record, Scorer, Scores
 
@@ -15,14 +16,17 @@ from monitor.types import Caller, Phase, Record, Scorer, Scores
 class Tracing:
     """See `Tracer`. probes: names of the columns that are served now; model: the served name"""
 
-    def __init__(self, scorer: Scorer, template: ChatTemplate, probes: Callable[[], Sequence[str]], model: str) -> None:
+    def __init__(
+        self, scorer: Scorer, template: ChatTemplate, probes: Callable[[], Sequence[str]], model: str, aside: Aside
+    ) -> None:
+        self._aside = aside
         self._scorer, self._template, self._probes, self._model = scorer, template, probes, model
 
     async def trace(
         self, request_id: str, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float
     ) -> AsyncGenerator[dict[str, Any], None]:
         """raises: RequestInvalid, Overloaded"""
-        prompt = await asyncio.to_thread(self._template.encode, messages)
+        prompt = await self._aside(self._template.encode, messages)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
         probes, spell, n_prompt = tuple(self._probes()), self._template.tokenizer.decode, len(prompt.token_ids)
 

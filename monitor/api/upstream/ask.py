@@ -7,15 +7,17 @@ know may reach the model: its strings are read with the system's text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from monitor.api.errors import ApiError
+from monitor.api.upstream.turns import Message, joined, strings, turn, utf8
 from monitor.api.vllm.admit import admit
 from monitor.config import Settings
 from monitor.template import ChatTemplate
 from monitor.types import Prompt
+from monitor.upstream.strict import strict_object
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = "/chat/completions", "/completions", "/responses", "/embeddings"
 _CONTROL = frozenset(
@@ -24,8 +26,6 @@ _CONTROL = frozenset(
     | {"tool_choice", "truncation", "include", "modalities", "stop", "logit_bias"}
 )
 """Fields whose strings are no text for the model."""
-_LABELS = frozenset({"role", "type", "id", "call_id", "tool_call_id", "item_id", "status", "format"})
-_MAX_LABEL = 64
 _READ: Mapping[str, Sequence[str]] = {CHAT: ("messages",), RESPONSES: ("input", "instructions")}
 """What `_conversation` reads on a route. There a field of the other one's is like any that is not known: words."""
 _ELSEWHERE: Mapping[str, Sequence[str]] = {
@@ -35,12 +35,9 @@ _ELSEWHERE: Mapping[str, Sequence[str]] = {
     EMBEDDINGS: (),
 }
 """Fields that name a text which is kept at the upstream."""
-_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking", "summary_text", "reasoning_text")
-_MINE = ("reasoning", "function_call", "custom_tool_call")
-_ITEMS = ("message", "function_call_output", "custom_tool_call_output", *_MINE)
-_ROLES = {"system": "system", "developer": "system", "assistant": "assistant", "model": "assistant"}
-
-Message = dict[str, str]
+_HOSTED = ("web_search_options", "search_parameters", "plugins")
+_TOOLS = ("function", "custom")
+"""Tools that the client runs. Every other one the upstream runs, and its model reads what we never see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +55,10 @@ class Asked:
 
 def body_of(raw: bytes) -> dict[str, Any]:
     """raises: ApiError 400 for anything but one JSON object without a name that stands twice"""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ApiError(400, "a field stands twice in one object; send it once", code="bad_json")
-        return found
-
     try:
-        body = json.loads(raw, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:80]}", code="bad_json") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is not a JSON object", code="bad_json")
-    return body
+        return strict_object(raw)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not one JSON object: {str(error)[:80]}", code="bad_json") from error
 
 
 def asked(path: str, body: Mapping[str, Any], template: ChatTemplate, settings: Settings) -> Asked:
@@ -89,9 +76,10 @@ def asked(path: str, body: Mapping[str, Any], template: ChatTemplate, settings: 
             raise ApiError(400, f"{field} names a text that is not here to be judged; send it", param=field)
     if body.get("modalities") not in (None, ["text"]):
         raise ApiError(400, "modalities: only text can be judged", param="modalities", code="unsupported_field")
+    _check_tools(body)
     n, _ = admit("/v1" + path, body, settings)
     if path == COMPLETIONS:
-        prompts = [template.raw(_joined([*_extra(body, "prompt"), p])) for p in _texts_of(body, "prompt", settings)]
+        prompts = [template.raw(joined([*_extra(body, "prompt"), p])) for p in _texts_of(body, "prompt", settings)]
     else:
         messages = _conversation(path, body)
         prompts = [template.encode(_with_system(messages, _extra(body, *_READ[path])))]
@@ -103,7 +91,22 @@ def asked(path: str, body: Mapping[str, Any], template: ChatTemplate, settings: 
 def inputs(body: Mapping[str, Any], settings: Settings) -> list[str]:
     """The texts of an embeddings request. raises: ApiError 400"""
     extra = _extra(body, "input")
-    return [_joined([*extra, text]) for text in _texts_of(body, "input", settings)]
+    return [joined([*extra, text]) for text in _texts_of(body, "input", settings)]
+
+
+def _check_tools(body: Mapping[str, Any]) -> None:
+    """raises: ApiError 400"""
+    remedy = "is the upstream's to run and reads what is not here to be judged; run it yourself and send its output"
+    for field in _HOSTED:
+        if body.get(field) is not None:
+            raise ApiError(400, f"{field} {remedy}", param=field, code="unsupported_field")
+    tools = body.get("tools")
+    for tool in tools if isinstance(tools, list) else [] if tools is None else [tools]:
+        kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
+        ours = kind in _TOOLS or (kind is None and ("function" in tool or "name" in tool))
+        if not ours:
+            what = f"tools: a tool of type {str(kind)[:32]!r}"
+            raise ApiError(400, f"{what} {remedy}", param="tools", code="unsupported_field")
 
 
 def _texts_of(body: Mapping[str, Any], field: str, settings: Settings) -> list[str]:
@@ -115,7 +118,7 @@ def _texts_of(body: Mapping[str, Any], field: str, settings: Settings) -> list[s
     most = settings.max_prompts if field == "prompt" else settings.max_messages
     if len(found) > most:
         raise ApiError(400, f"{field} has {len(found)} entries; send at most {most}", param=field)
-    return [_utf8(text, field) for text in found]
+    return [utf8(text, field) for text in found]
 
 
 def _conversation(path: str, body: Mapping[str, Any]) -> list[Message]:
@@ -128,82 +131,21 @@ def _conversation(path: str, body: Mapping[str, Any]) -> list[Message]:
     lead = body.get("instructions") if path == RESPONSES else None
     if lead is not None and not isinstance(lead, str):
         raise ApiError(400, "field 'instructions': send text", param="instructions", code="bad_value")
-    return ([{"role": "system", "content": _utf8(lead, "instructions")}] if lead else []) + [
-        _message(item, field) for item in given
+    return ([{"role": "system", "content": utf8(lead, "instructions")}] if lead else []) + [
+        turn(item, field) for item in given
     ]
-
-
-def _message(item: Mapping[str, Any], field: str) -> Message:
-    role, kind = item.get("role"), item.get("type")
-    if kind is not None and kind not in _ITEMS:
-        raise ApiError(400, f"{field}: an item of type {str(kind)[:32]!r} can't be judged; remove it", param=field)
-    if role is None:  # an item of Responses
-        role = "assistant" if kind in _MINE else "tool"
-    if not isinstance(role, str):
-        raise ApiError(400, f"{field}: a role is a {type(role).__name__}, not text", param=field, code="bad_value")
-    # What a tool or an unknown role says is given to the model, like a user's turn.
-    return {"role": _ROLES.get(role, "user"), "content": _utf8(_joined(_said(item, field)), field)}
-
-
-def _said(message: Mapping[str, Any], field: str) -> Iterator[str]:
-    """Every string of a message: its content first, then its calls and whatever else is in it."""
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if kind not in _TEXT_PARTS:
-                raise ApiError(
-                    400, f"{field}: a part of type {str(kind)[:32]!r} can't be judged; remove it", param=field
-                )
-        # Without anything between: a word may be parted by parts.
-        yield "".join(_strings(content))
-    elif content is not None:
-        yield from _strings(content)
-    yield from _strings({k: v for k, v in message.items() if k != "content"})
 
 
 def _extra(body: Mapping[str, Any], *read: str) -> list[str]:
     """Fields that are neither known nor read elsewhere and hold words, as templates show them: tools, schemas, ..."""
-    found = [v for k, v in body.items() if k not in _CONTROL and k not in read and any(_strings(v, names=True))]
+    found = [v for k, v in body.items() if k not in _CONTROL and k not in read and any(strings(v, names=True))]
     return [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in found]
 
 
 def _with_system(messages: list[Message], extra: Sequence[str]) -> list[Message]:
     if not extra:
         return messages
-    text = _utf8(_joined(extra), "body")
+    text = utf8(joined(extra), "body")
     if messages[0]["role"] == "system":
-        return [{"role": "system", "content": _joined([messages[0]["content"], text])}, *messages[1:]]
+        return [{"role": "system", "content": joined([messages[0]["content"], text])}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
-
-
-def _strings(value: Any, names: bool = False) -> Iterator[str]:
-    """names: also those of fields"""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item, names)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if names and key not in _LABELS:
-                yield key
-            if not (key in _LABELS and isinstance(item, str) and _is_label(item)):
-                yield from _strings(item, names)
-
-
-def _is_label(value: str) -> bool:
-    """Not a text that hides in a field for something else."""
-    return len(value) <= _MAX_LABEL and not any(c.isspace() for c in value)
-
-
-def _joined(found: Iterator[str] | Sequence[str]) -> str:
-    return "\n".join(text for text in found if text)
-
-
-def _utf8(text: str, field: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, f"{field} holds half a surrogate pair; send valid Unicode", param=field) from None
-    return text

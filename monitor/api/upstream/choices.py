@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from monitor.api.render import usage
+from monitor.api.upstream.chunks import Chunk, Part, Rest, spelling
 from monitor.api.upstream.wire import FILTERED, Json, Piece, Plain, Wire, expect, finish_of
 from monitor.api.verdicts import answer_annotation
 from monitor.upstream.choice import Choice
@@ -14,94 +15,15 @@ from monitor.upstream.sse import frame
 from monitor.upstream.texts import Text, cut, strip_calls, texts, worded
 
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint")
-
-
-class Part:
-    """One choice in one chunk, or in a whole answer.
-
-    where: the field that its texts stand in; texts: each with its place in the choice's text; end: place where the last
-    one ends; finish: the upstream's reason
-    dropped: text or an ending that came after the choice had ended
-    """
-
-    def __init__(
-        self, choice: Choice, data: Json, where: str, found: list[tuple[Text, int]], dropped: bool = False
-    ) -> None:
-        self.choice, self.data, self.where, self.texts, self.dropped = choice, data, where, found, dropped
-        self.finish: str | None = data.get("finish_reason")
-        self.end = choice.words.length
-
-    @property
-    def judged(self) -> bool:
-        choice = self.choice
-        if choice.cut or choice.watch.finish in ("stop", "length"):
-            return True
-        return self.end <= choice.released and (self.finish is None or self.dropped)
-
-    @property
-    def spells_more(self) -> bool:
-        """Whether its logprobs spell another text than its own: one that was not judged."""
-        own = "".join(text.value for text, _ in self.texts if not text.again)
-        spelled = (token for token in _spelled(self.data.get("logprobs")) if not self.choice.words.is_added(token))
-        return bool(self.data.get("logprobs")) and "".join(spelled) != own
-
-    @property
-    def cut(self) -> bool:
-        """Whether it is the part in which the verdict fell."""
-        return self.choice.cut and (self.end > self.choice.released or self.finish is not None)
-
-
-class Chunk:
-    """A frame with choices in it."""
-
-    def __init__(self, wire: ChoicesWire, raw: bytes, data: Json, parts: list[Part]) -> None:
-        self._wire, self._raw, self._data, self._parts = wire, raw, data, parts
-
-    def release(self) -> bytes | None:
-        if not all(part.judged for part in self._parts):
-            return None
-        wire, kept, endings = self._wire, list[Json](), list[Json]()
-        changed = bool(wire.unsent)
-        for part in self._parts:
-            if part.dropped or part.choice.index in wire.closed:
-                changed = True
-            elif part.cut:
-                changed = True
-                wire.closed.add(part.choice.index)
-                if any(begin < part.choice.released for _, begin in part.texts):
-                    kept.append(wire.shortened(part) | {"finish_reason": None})
-                if part.choice.blocked:
-                    endings.append(wire.block(part.choice))
-            else:
-                if part.spells_more:
-                    changed, part.data["logprobs"] = True, None
-                if part.finish is not None and (annotation := wire.annotation(part.choice)):
-                    changed = True
-                    part.data |= annotation
-                kept.append(part.data)
-        if not changed:
-            wire.usage_came = wire.usage_came or bool(self._data.get("usage"))
-            return self._raw
-        return b"".join(self._made(choices) for choices in (kept, *([e] for e in endings)) if choices)
-
-    def _made(self, choices: list[Json]) -> bytes:
-        wire, data = self._wire, self._data
-        extra, wire.unsent = wire.unsent, {}
-        if wire.any_blocked:  # what else stands here may tell what was cut
-            data = {k: v for k, v in data.items() if k in _ENVELOPE} | wire.counted(data)
-        wire.usage_came = wire.usage_came or bool(data.get("usage"))
-        return frame(data | {"choices": choices} | extra)
-
-
-class Usage:
-    """The frame of usage at the end: of an answer that was blocked the client had less than the upstream counted."""
-
-    def __init__(self, wire: ChoicesWire, raw: bytes, data: Json) -> None:
-        self._wire, self._raw, self._data = wire, raw, data
-
-    def release(self) -> bytes | None:
-        self._wire.usage_came = self._wire.usage_came or bool(self._data.get("usage"))
-        return frame(self._data | self._wire.counted(self._data)) if self._wire.any_blocked else self._raw
+_SAFE = frozenset(
+    {*_ENVELOPE, "choices", "usage", "service_tier", "provider", "error", "obfuscation", "prompt_filter_results"}
+    | {"prompt_logprobs"}
+)
+"""What stands beside the choices and is no text of an answer. Of the prompt: that was judged."""
+_SAFE_IN_CHOICE = frozenset(
+    {"index", "finish_reason", "native_finish_reason", "stop_reason", "matched_stop", "logprobs"}
+    | {"content_filter_results", "prompt_logprobs"}
+)
 
 
 class ChoicesWire(Wire):
@@ -119,19 +41,45 @@ class ChoicesWire(Wire):
         self.closed: set[int] = set()
         self.unsent = self.prompts_annotation(n)
         self._n = n
-        self._envelope: Json = {}
+        self._newest: Json = {}  # chunk
         self.usage_came = False
+        # What was read: of each choice its own text, by channel, and what stood beside it; under None, beside them all.
+        self._said: dict[tuple[int, str], str] = {}
+        self._stood: set[tuple[int | None, str]] = set()
 
-    def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
+    def piece(self, raw: bytes, data: Json, late: bool, fails: bool) -> Piece:
         found = data.get("choices")
-        if self.failed:  # nothing of an answer stands in this frame, or comes after it
+        if fails:  # nothing of an answer stands in this frame, or comes after it
             self.done = True
             return Plain(raw if found is None else frame({k: v for k, v in data.items() if k != "choices"}))
-        if found is None:
-            return Plain(raw)
-        self._envelope = {k: v for k, v in data.items() if k not in ("choices", "usage")}
-        parts = [self._part(choice, self.part_of, late) for choice in _listed(found)]
-        return Chunk(self, raw, data, parts) if parts else Usage(self, raw, data)
+        reads = next((choice for choice in self.choices if choice.index not in self.finishes), None)
+        parts = [] if found is None else [self._part(choice, self.part_of, late) for choice in _listed(found)]
+        if found is not None:
+            self._newest = data
+        beside = self._beside(None, data, _SAFE)
+        held = list[Part]()
+        if beside and reads is not None:
+            self._read(reads, None, beside, late)
+            held = [Part(reads, {}, "", [])]  # says nothing, and waits until they are judged
+        elif beside:  # it came after all that is read
+            data = {k: v for k, v in data.items() if k in _SAFE}
+            raw = frame(data) if data else b""
+        return Chunk(self, raw, data, parts, held) if parts else Rest(self, raw, data, held)
+
+    def _beside(self, index: int | None, data: Json, safe: Set[str]) -> list[Text]:
+        """Texts in fields that we do not know and that were not read yet: some upstreams repeat in every chunk what
+        they have said, or where they have it from."""
+        rest = {k: v for k, v in data.items() if k not in safe}
+        if not rest:
+            return []
+        found = {t.value: t for t in texts(rest, "beside", strict=False) if (index, t.value) not in self._stood}
+        said = tuple(text for (choice, _), text in self._said.items() if index in (None, choice))
+        return [text for value, text in found.items() if not any(one.startswith(value) for one in said)]
+
+    def _read(self, choice: Choice, index: int | None, beside: Sequence[Text], late: bool = False) -> None:
+        for text in beside:
+            self._stood.add((index, text.value))
+            choice.add(text.value, text.channel, late)
 
     def _part(self, data: Any, where: str | None, late: bool = False) -> Part:
         expect(isinstance(data, dict), "a choice is no object")
@@ -139,12 +87,17 @@ class ChoicesWire(Wire):
         expect(type(index) is int and 0 <= index < len(self.choices), f"a choice has the index {str(index)[:16]}")
         expect(finish is None or isinstance(finish, str), "a finish_reason is no text")
         choice, found = self.choices[index], self._texts(data, where)
+        own = where or "text"
         if index in self.finishes:
-            return Part(choice, data, where or "text", [], dropped=bool(found) or finish is not None)
+            more = bool(found) or bool(self._beside(index, data, _SAFE_IN_CHOICE | {own}))
+            return Part(choice, data, own, [], dropped=more or finish is not None)
         placed = [(t, choice.words.length if t.again else choice.add(t.value, t.channel, late)) for t in found]
+        for text in found:
+            self._said[index, text.channel] = self._said.get((index, text.channel), "") + text.value
+        self._read(choice, index, self._beside(index, data, _SAFE_IN_CHOICE | {own}), late)
         if finish is not None:
             self.finishes[index] = finish_of(finish)
-        return Part(choice, data, where or "text", placed)
+        return Part(choice, data, own, placed)
 
     def _texts(self, data: Json, where: str | None) -> list[Text]:
         if where is None:
@@ -164,8 +117,12 @@ class ChoicesWire(Wire):
             strip_calls(said)
         if data.get("logprobs"):
             own = "".join(t.value[: max(0, part.choice.released - begin)] for t, begin in part.texts if not t.again)
-            data["logprobs"] = _only(data["logprobs"], own)
+            data["logprobs"] = spelling(data["logprobs"], own)
         return data
+
+    def enveloped(self, data: Json) -> Json:
+        """What may stand beside the choices once one was cut: whatever else is there may tell of what."""
+        return {k: v for k, v in data.items() if k in _ENVELOPE} | self.counted(data)
 
     def counted(self, data: Json) -> Json:
         """The usage of what was released, if the upstream tells any."""
@@ -189,11 +146,13 @@ class ChoicesWire(Wire):
     def replace(self, data: Json, text: str) -> None: ...
 
     def ending(self) -> bytes:
-        own = b""
+        # Cut by a text that stood beside the choices: no chunk of its own has brought its end.
+        unended = [c for c in self.choices if c.blocked and c.index not in self.closed]
+        own = [frame(self.enveloped(self._newest) | {"choices": [self.block(choice)]}) for choice in unended]
         if self.any_blocked and self.with_usage and not self.usage_came:
             counted = usage(self.n_prompt_tokens, self.n_released)
-            own = frame(self._envelope | {"choices": [], "usage": counted})
-        return own + super().ending()
+            own.append(frame(self.enveloped(self._newest) | {"choices": [], "usage": counted}))
+        return b"".join(own) + super().ending()
 
     # --- whole answers -----------------------------------------------------------------------------------------------
 
@@ -204,6 +163,7 @@ class ChoicesWire(Wire):
         for choice in {part.choice.index for part in parts}:
             self.finishes.setdefault(choice, "stop")
         expect(len(self.finishes) == len(parts) == len(self.choices), f"{len(parts)} choices")
+        self._read(self.choices[0], None, self._beside(None, body, _SAFE))
         return lambda: self._judged(body, parts)
 
     def _judged(self, body: Json, parts: list[Part]) -> Json | None:
@@ -223,7 +183,7 @@ class ChoicesWire(Wire):
                     self.replace(part.data, self.terms.replacement)
             part.data |= self.annotation(part.choice)
         if self.any_blocked:
-            body |= self.counted(body)
+            body = self.enveloped(body) | {"choices": body["choices"]}
         return body | self.unsent
 
 
@@ -244,23 +204,6 @@ class CompletionWire(ChoicesWire):
 
     def replace(self, data: Json, text: str) -> None:
         data["text"] = text
-
-
-def _spelled(logprobs: Any) -> Iterator[str]:
-    """The tokens of logprobs: chat's are objects, completions' are strings."""
-    lists = [logprobs.get(name) for name in ("content", "refusal", "tokens")] if isinstance(logprobs, dict) else []
-    for entry in (entry for found in lists if isinstance(found, list) for entry in found):
-        yield str(entry.get("token") if isinstance(entry, dict) else entry)
-
-
-def _only(logprobs: Any, text: str) -> Any:
-    """Logprobs of the tokens that spell the beginning of a text: all their lists, cut."""
-    n = at = 0
-    for token in _spelled(logprobs):
-        if not text.startswith(token, at):
-            break
-        n, at = n + 1, at + len(token)
-    return {k: v[:n] if isinstance(v, list) else v for k, v in logprobs.items()} if n else None
 
 
 def _listed(found: Any) -> list[Any]:

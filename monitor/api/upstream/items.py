@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from monitor.api.errors import ApiError
 from monitor.api.output_item import closing, message, numbered, streamed
@@ -18,6 +19,20 @@ _FAILS = ("response.failed", "response.cancelled")
 _SAID = ("message", "reasoning")  # what an answer says; every other item calls something
 _BEGINS, _TEXT = "response.content_part.added", "response.output_text.delta"
 _PLACE = ("item_id", "output_index", "content_index", "summary_index")
+_NO_TEXT = frozenset({"response", "obfuscation", "error"})
+"""Of an event. A response is looked into, see `_rest`."""
+_ERROR = frozenset({"code", "message", "param"})
+_ENVELOPE = frozenset(
+    {"id", "object", "created_at", "model", "metadata", "instructions", "temperature", "top_p", "tools", "tool_choice"}
+    | {"parallel_tool_calls", "max_output_tokens", "max_tool_calls", "previous_response_id", "reasoning", "text"}
+    | {"truncation", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "background", "error"}
+)
+"""Fields of a response that name it, or repeat what the client has asked for."""
+_UNREAD = (
+    _ENVELOPE
+    | {"status", "incomplete_details", "output", "usage", "billing"}
+    | {"input_messages", "prompt_cache_retention", "prompt_cache_options"}
+)
 
 
 class Said:
@@ -45,15 +60,16 @@ class Said:
 
     def _begun(self) -> bytes:
         """What of a delta stands before the block."""
-        released = self._wire.choice.released
-        if not self._data["type"].endswith(".delta") or not any(begin < released for _, begin in self._placed):
+        wire, kind, released = self._wire, self._data["type"], self._wire.choice.released
+        if not kind.endswith(".delta") or not any(begin < released for _, begin in self._placed):
             return b""
-        if "_call" in self._data["type"]:  # a tool must not run on half a call
+        if "_call" in kind or not isinstance(self._data.get("delta"), str):  # a tool must not run on half a call
             return b""
         cut(self._placed, released)
-        self._data |= {"logprobs": []} if "logprobs" in self._data else {}
-        self._wire.note(self._data)
-        return frame(self._data, self._data["type"])
+        kept = {name: self._data[name] for name in ("type", "sequence_number", *_PLACE, "delta") if name in self._data}
+        kept |= {"logprobs": []} if "logprobs" in self._data else {}
+        wire.note(kept)
+        return frame(kept, kind)
 
 
 class ResponsesWire(Wire):
@@ -74,44 +90,46 @@ class ResponsesWire(Wire):
         self._said: dict[str, tuple[int, Json]] = {}
         self._ended: set[tuple[str, str]] = set()
 
-    def piece(self, raw: bytes, data: Json, late: bool) -> Piece:
+    def piece(self, raw: bytes, data: Json, late: bool, fails: bool) -> Piece:
         kind = data.get("type")
         expect(isinstance(kind, str), "an event has no type")
         if kind in _OPENS and isinstance(data.get("response"), dict):
             self._response = data["response"]  # a later one tells how long the whole answer was
         if b'"logprobs"' in raw and unspell(data):
             raw = frame(data, str(kind))
-        if str(kind).endswith(".delta"):
-            place = self._place(data)
-            expect(kind != _TEXT or isinstance(data.get("delta"), str), "a piece of text is none")
-            found = texts(data.get("delta"), place) if not isinstance(data.get("delta"), str) else None
-            found = found if found is not None else [Text(place, data, "delta", data["delta"])]
-            self._deltas[place] = self._deltas.get(place, "") + "".join(t.value for t in found)
-        else:
-            found = self._new(data)
+        found = [*(self._said_in(data) if str(kind).endswith(".delta") else ()), *self._new(data)]
         placed = [(t, self.choice.add(t.value, t.channel, late)) for t in found if t.value]
         last = kind in _ENDS
         if last:
             self.finishes[0] = _ENDS[str(kind)]
-        self.failed = self.failed or kind in _FAILS
-        self.done = last or self.failed
+        self.failed = kind in _FAILS
+        self.done = last or fails or self.failed
         return Said(self, raw, data, placed, last)
 
     def _place(self, data: Json) -> str:
         return ".".join([str(data["type"]).removesuffix(".delta"), *(str(data.get(name)) for name in _PLACE)])
 
+    def _said_in(self, data: Json) -> list[Text]:
+        """The piece of text that a delta brings."""
+        place, delta = self._place(data), data.get("delta")
+        expect(data["type"] != _TEXT or isinstance(delta, str), "a piece of text is none")
+        found = [Text(place, data, "delta", delta)] if isinstance(delta, str) else texts(delta, place)
+        self._deltas[place] = self._deltas.get(place, "") + "".join(t.value for t in found)
+        return found
+
     def _new(self, data: Json) -> list[Text]:
         """Texts of an event that no delta has brought."""
-        inside = {
-            k: v for k, v in data.items() if k in ("item", "part", "text", "refusal", "arguments", "input", "code")
-        }
-        response = data.get("response")
-        if isinstance(response, dict):
-            inside["output"] = response.get("output")
+        kind, response = data["type"], data.get("response")
+        read = _NO_TEXT | ({"delta"} if kind.endswith(".delta") else _ERROR if kind == "error" else frozenset())
+        inside = {k: v for k, v in data.items() if k not in read}
+        inside["response"] = response.get("output") if isinstance(response, dict) else response
+        found = texts(inside, "whole") + _rest(response)
+        if not found:
+            return []
         known = self._whole | set(self._deltas.values())
-        found = [t for t in texts(inside, "whole") if t.value not in known]
-        self._whole.update(t.value for t in found)
-        return found
+        new = [t for t in found if t.value not in known]
+        self._whole.update(t.value for t in new)
+        return new
 
     def note(self, data: Json) -> None:
         """It goes out: what an answer that is cut has to know of it."""
@@ -145,14 +163,19 @@ class ResponsesWire(Wire):
         return f"{response.get('id')}_replaced"
 
     def _filtered(self, response: Json, output: list[Json]) -> Json:
-        """The upstream's response with this output, and nothing in it that tells of more."""
-        kept = {name: value for name, value in response.items() if name != "output_text"}
-        if isinstance(kept.get("usage"), dict):
-            given = kept["usage"].get("input_tokens")
+        """The upstream's response with this output."""
+        ended = {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
+        return self.enveloped(response) | ended
+
+    def enveloped(self, response: Json) -> Json:
+        """What may stand beside the output once it was cut: whatever else is there may tell of what."""
+        kept = {name: value for name, value in response.items() if name in _ENVELOPE}
+        if isinstance(response.get("usage"), dict):
+            given = response["usage"].get("input_tokens")
             read = given if isinstance(given, int) else self.n_prompt_tokens
             said = self.n_released
             kept["usage"] = {"input_tokens": read, "output_tokens": said, "total_tokens": read + said}
-        return kept | {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
+        return kept
 
     def ending(self) -> bytes:
         return b""
@@ -165,6 +188,10 @@ class ResponsesWire(Wire):
         output = body.get("output")
         expect(isinstance(output, list), "no output")
         placed = [(t, self.choice.add(t.value, t.channel)) for t in texts(output, "output")]
+        said = {text.value for text, _ in placed}
+        for text in _rest(body):
+            if text.value not in said:
+                self.choice.add(text.value, text.channel)
         self.finishes[0] = "length" if body.get("status") == "incomplete" else "stop"
         return lambda: self._judged(body, placed)
 
@@ -177,3 +204,9 @@ class ResponsesWire(Wire):
         unspell(body["output"])  # of a text that was cut, the logprobs are another one's
         said = [i | {"status": "incomplete"} for i in body["output"] if isinstance(i, dict) and i.get("type") in _SAID]
         return self._filtered(body, said)
+
+
+def _rest(response: Any) -> list[Text]:
+    """Texts beside the output: a field that we do not know may spell it once more, or what is not in it."""
+    rest = {k: v for k, v in response.items() if k not in _UNREAD} if isinstance(response, dict) else {}
+    return texts(rest, "beside", strict=False)

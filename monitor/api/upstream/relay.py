@@ -14,7 +14,7 @@ from monitor.api.errors import ApiError, ended_badly
 from monitor.api.events import EventStream
 from monitor.api.upstream.wire import Wire
 from monitor.upstream.choice import Choice
-from monitor.upstream.errors import TooSlow, Truncated, Unreachable, UpstreamError
+from monitor.upstream.errors import TooSlow, Truncated, Unreachable, Unsendable, UpstreamError
 from monitor.upstream.incoming import Arrived, Incoming
 from monitor.upstream.sse import json_object
 from monitor.upstream.transport import Reply
@@ -73,7 +73,7 @@ class Relay:
                 choice.end("engine_error")
             if ready := wire.released():
                 yield ready
-            if not wire.failed:  # or else the upstream has said so itself
+            if not wire.told:  # its own error may stand behind text that is held: then nothing has told the client
                 yield wire.error(told(error))
         except ApiError as error:
             await self._stop()
@@ -150,5 +150,5 @@ def told(error: UpstreamError) -> ApiError:
         return ApiError(503, str(error), kind="server_error", code="upstream_unreachable", retry_after_s=seconds)
     if isinstance(error, TooSlow):
         return ApiError(504, str(error), kind="server_error", code="upstream_timeout")
-    code = "upstream_truncated" if isinstance(error, Truncated) else "upstream_unreadable"
+    code = {Truncated: "upstream_truncated", Unsendable: "upstream_unsendable"}.get(type(error), "upstream_unreadable")
     return ApiError(502, str(error), kind="server_error", code=code)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from monitor.api.errors import ApiError, PromptBlocked, blocked_readings, ended_badly, from_domain
-from monitor.api.judging import Judging, Session
+from monitor.api.judging import Judging, Session, unless_gone
 from monitor.api.refusal import Refusal, refuse
 from monitor.api.upstream.ask import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Asked, asked, body_of, inputs
 from monitor.api.upstream.choices import ChatWire, CompletionWire
@@ -30,7 +29,6 @@ from monitor.upstream.engine import ObserverEngine
 from monitor.upstream.errors import Unreadable, UpstreamError
 from monitor.upstream.transport import Reply, Upstream
 
-T = TypeVar("T")
 _MAX_NAME = 128
 _WIRES: dict[str, type[ChatWire] | type[CompletionWire] | type[ResponsesWire]] = {
     CHAT: ChatWire,
@@ -56,7 +54,7 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
 
     @routes.get("/models")
     async def models(http: Request) -> Response:
-        return await _unless_gone(http, passed("GET", "/models", b"", http))
+        return await unless_gone(http, passed("GET", "/models", b"", http))
 
     @routes.post(CHAT)
     async def chat(http: Request) -> Response:
@@ -74,7 +72,7 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
     async def embeddings(http: Request) -> Response:
         raw = await http.body()
         body = body_of(raw)
-        session = Session(proxy.judging, http, "embeddings", str(body.get("model", ""))[:_MAX_NAME])
+        session = Session(proxy.judging, http, "embeddings", _name_of(str(body.get("model", ""))))
         try:
             texts = inputs(body, settings)
             records = await session.judge([await session.turn(text) for text in texts])
@@ -86,7 +84,7 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
             if failed := ended_badly(record):
                 raise failed
         policy, verdicts = records[0].policy, [r.verdict for r in records]
-        return await _unless_gone(http, passed("POST", EMBEDDINGS, raw, http, verdict_headers(policy, verdicts)))
+        return await unless_gone(http, passed("POST", EMBEDDINGS, raw, http, verdict_headers(policy, verdicts)))
 
     async def passed(
         method: str, path: str, raw: bytes, http: Request, headers: dict[str, str] | None = None
@@ -105,11 +103,11 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
             ask = await asyncio.to_thread(asked, path, body, engine.observer.template, settings)
         except RequestInvalid as error:
             raise from_domain(error) from error
-        return await _unless_gone(http, judged(path, http, raw, ask))
+        return await unless_gone(http, judged(path, http, raw, ask))
 
     async def judged(path: str, http: Request, raw: bytes, ask: Asked) -> Response:
         identity = http.state.midstream_id
-        caller = Caller(http.state.midstream_key, _NAMES[path], ask.model[:_MAX_NAME])
+        caller = Caller(http.state.midstream_key, _NAMES[path], _name_of(ask.model))
         try:
             choices = await engine.open(identity, ask.prompts, ask.n, caller)
         except Overloaded as error:
@@ -147,6 +145,14 @@ def upstream_routes(proxy: Proxy) -> APIRouter:
         return Response(body, 200, reply.headers | _verdicts(wire.choices))
 
     return routes
+
+
+def _name_of(model: str) -> str:
+    """The client's name for a model, as records have it. raises: ApiError 400 for one that a terminal would act on"""
+    if not model.isprintable():
+        message = "field 'model': it holds characters that can't be printed; send the name of a model"
+        raise ApiError(400, message, param="model", code="bad_value")
+    return model[:_MAX_NAME]
 
 
 def _verdicts(choices: Sequence[Choice]) -> dict[str, str]:
@@ -190,21 +196,3 @@ def _kindly(blocked: PromptBlocked, choices: list[Choice], ask: Asked, identity:
         extra=prompt_annotation(blocked.terms, {c.index: c.opening for c in choices if c.opening is not None}, ask.n),
     )
     return refuse(caller.route, refusal, blocked.headers)
-
-
-async def _unless_gone(http: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; ended, with its connections, if the client leaves before. raises: ApiError 499 then"""
-
-    async def left() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            continue
-
-    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ApiError(499, "the client has left")
-    finally:
-        leaving.cancel()
-        working.cancel()

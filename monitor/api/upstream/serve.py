@@ -40,6 +40,11 @@ def serve(settings: Settings) -> int:
         listener = stack.enter_context(open_socket(settings.host, settings.port))
         remember_hangups()
         shared_folder()  # an unusable one is known before the model is loaded
+        if settings.dtype is not None:
+            raise ConfigInvalid(
+                f"setting 'dtype' has value {settings.dtype!r}, but the observer behind --upstream is float32; unset "
+                "it (observer_int8 makes the observer smaller)"
+            )
         if settings.log_features:
             raise ConfigInvalid(
                 "log_features needs an engine of ours: the observer behind --upstream gives scores, never activations; "

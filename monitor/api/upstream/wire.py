@@ -29,7 +29,7 @@ class Piece(Protocol):
 
 
 class Plain:
-    """A frame without text: a comment, usage, whatever we do not know."""
+    """A frame without text of an answer: a comment, an error."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -74,9 +74,9 @@ class Wire(ABC):
             self.done = True
         else:
             data = event.json()
-            if data.get("error") or event.name == "error":
-                self.failed = True
-            self._waiting.append(self.piece(raw, data, late))
+            fails = bool(data.get("error")) or event.name == "error"
+            self._waiting.append(self.piece(raw, data, late, fails))
+            self.failed = self.failed or fails
 
     def released(self) -> bytes:
         """Frames that may go out now."""
@@ -89,8 +89,14 @@ class Wire(ABC):
             self._waiting.popleft()
         return b"".join(parts)
 
+    @property
+    def told(self) -> bool:
+        """Whether the client has the upstream's own word that something went wrong."""
+        return self.failed and not self._waiting
+
     @abstractmethod
-    def piece(self, raw: bytes, data: Json, late: bool) -> Piece: ...
+    def piece(self, raw: bytes, data: Json, late: bool, fails: bool) -> Piece:
+        """fails: it says that something went wrong. raises: Unreadable"""
 
     def ending(self) -> bytes:
         """What follows when every choice has ended: the upstream's own [DONE], or ours after a block."""
@@ -115,6 +121,10 @@ class Wire(ABC):
     @property
     def any_blocked(self) -> bool:
         return any(choice.blocked for choice in self.choices)
+
+    @property
+    def any_cut(self) -> bool:
+        return any(choice.cut for choice in self.choices)
 
     @property
     def n_released(self) -> int:

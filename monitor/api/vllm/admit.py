@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from monitor.api.errors import ApiError
 from monitor.config import Settings
 from monitor.types import Format
@@ -36,6 +38,8 @@ _FIXED: Mapping[str, tuple[bool, str]] = {
     "background": (False, "answers when nobody is connected any more"),
 }
 
+_BOOL = TypeAdapter(bool)
+
 Message = dict[str, str]
 
 
@@ -56,6 +60,10 @@ def admit(path: str, body: Mapping[str, Any], settings: Settings, switches: bool
         allowed = value is None or value is fixed or (field == "add_special_tokens" and path == COMPLETIONS)
         if not allowed:
             raise _unsupported(field, f"{field}={str(value)[:32]!r}", why)
+    side = body.get("truncation_side")
+    if side not in (None, "left") and route_format(path) == "chat":
+        why = "cuts off the template's closing tokens, which the probes were calibrated on"
+        raise _unsupported("truncation_side", f"truncation_side={str(side)[:32]!r}", why)
     items = body.get("input")
     newest = items[-1] if isinstance(items, list) and items else None
     if isinstance(newest, dict) and newest.get("status") not in (None, "completed"):
@@ -118,3 +126,11 @@ def _text(content: Any, between: str) -> str | None:
 
 def route_format(path: str) -> Format:
     return "raw" if path == COMPLETIONS else "chat"
+
+
+def is_true(value: Any) -> bool:
+    """As vLLM's fields read it, by pydantic: 1, "true" and "on" are true too."""
+    try:
+        return _BOOL.validate_python(value)
+    except ValidationError:
+        return False

@@ -64,6 +64,12 @@ class _Choices(Wire):
         if index in self.call.records:
             choice |= answer_annotation(self.terms, self.call.records[index])
 
+    def unsay(self, choice: dict[str, Any]) -> None:
+        """What else tells the answer that a text stands in place of."""
+        choice["logprobs"] = None
+        if choice.get("token_ids"):
+            choice["token_ids"] = []
+
     def _prompts(self) -> dict[str, Any]:
         if not self._unsent:
             return {}
@@ -91,8 +97,9 @@ class ChatWire(_Choices):
         if "delta" in choice:
             choice["delta"]["content"] = (choice["delta"].get("content") or "") + text
             return
+        self.unsay(choice)
         message = choice["message"]
-        message["content"], choice["logprobs"] = text, None
+        message["content"] = text
         for name in ("reasoning", "reasoning_content"):
             message.pop(name, None)
 
@@ -105,7 +112,8 @@ class CompletionWire(_Choices):
         if self.terms.replacement is not None:
             for choice in body["choices"]:
                 if choice["index"] in self.call.blocked:
-                    choice["text"], choice["logprobs"] = "", None
+                    self.unsay(choice)
+                    choice["text"] = ""
         return super().whole(body)
 
     def replace(self, choice: dict[str, Any], text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
@@ -18,8 +17,8 @@ from monitor.api.errors import ApiError, PromptBlocked, ended_badly, unavailable
 from monitor.api.front import ID_HEADER, own_id
 from monitor.api.refusal import Refusal, refuse
 from monitor.api.verdicts import known, prompt_annotation, verdict_headers
-from monitor.api.vllm.admit import admit, chat_messages, route_format
-from monitor.api.vllm.wire import Wire, parse_event
+from monitor.api.vllm.admit import admit, chat_messages, is_true, route_format
+from monitor.api.vllm.wire import BLANK_LINE, Wire, end_of_events, error_in, parse_event
 from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings
 from monitor.engines.vllm.call import CALL, Call, blocks_prompt
@@ -98,9 +97,9 @@ class Outgoing:
 
     def asked(self, body: dict[str, Any]) -> None:
         """What a refusal has to look like."""
-        self._wants_stream = body.get("stream") is True
+        self._wants_stream = is_true(body.get("stream"))
         options = body.get("stream_options")
-        self._wants_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._wants_usage = isinstance(options, dict) and is_true(options.get("include_usage"))
 
     async def __call__(self, message: Message) -> None:
         if self._done:
@@ -124,14 +123,25 @@ class Outgoing:
 
     async def told_failure(self) -> bool:
         """The route raised. Whether that is a failure of ours to tell of: a dead engine is vLLM's 500, and our 503."""
-        if self._call.failed is None:
+        failed = self._call.failed
+        if failed is None and (self._call.refused is None or self._begun):
             return False
         if not self._done:
-            await self._fail(self._call.failed)
+            await (self._refuse_late({}) if failed is None else self._fail(failed))
         return True
 
     async def refuse(self, error: ApiError) -> None:
         await self._answer(error.response(), self._wire.error(error))
+
+    async def _refuse_late(self, told: dict[str, Any]) -> None:
+        """vLLM has refused it once it was streaming. told: within the stream; some routes use other words, or none"""
+        if self._call.refused is not None:
+            status, why = self._call.refused
+            await self.refuse(unavailable(why) if status == 503 else ApiError(status, why))
+            return
+        code = told["error"].get("code")
+        status = code if isinstance(code, int) and 400 <= code < 600 else 400
+        await self._answer(JSONResponse({}, status), told)
 
     async def _answer(self, response: Response, content: Any) -> None:
         """An error of ours, whatever vLLM had begun to say."""
@@ -196,7 +206,10 @@ class Outgoing:
 
     async def _whole(self) -> None:
         body, self._held = b"".join(self._held), []
-        if self._wire.rewrites and self._start["status"] == 200:
+        status = self._start["status"]
+        if status >= 400:  # vLLM's own refusal
+            self._metrics.rejected.labels(str(status)).inc()
+        if self._wire.rewrites and status == 200:
             body = json.dumps(self._wire.whole(json.loads(body)), separators=(",", ":")).encode()
         self._done = True
         await self._begin(len(body))
@@ -204,39 +217,22 @@ class Outgoing:
 
     async def _stream(self, more: bool) -> None:
         arrived, self._held = self._rest + b"".join(self._held), []
-        cut = _end_of_events(arrived) if more else len(arrived)
+        cut = end_of_events(arrived) if more else len(arrived)
         whole, self._rest = arrived[:cut], arrived[cut:]
         if not self._begun:
-            if self._call.terms is None and (late := _refused_late(whole)) is not None:
-                code = late["error"].get("code")
-                status = code if isinstance(code, int) and 400 <= code < 600 else 400
-                await self._answer(JSONResponse({}, status), late)
+            if self._call.terms is None and (late := error_in(whole)) is not None:
+                await self._refuse_late(late)
                 return
             await self._begin()
         self._wire.opened(whole)
         if self._wire.rewrites:
-            whole = b"".join(self._rewritten(event) for event in _BLANK_LINE.split(whole) if event.strip())
+            whole = b"".join(self._rewritten(event) for event in BLANK_LINE.split(whole) if event.strip())
         if whole or not more:
             await self._send({"type": "http.response.body", "body": whole, "more_body": more})
 
     def _rewritten(self, event: bytes) -> bytes:
         parsed = parse_event(event)
         return event + b"\n\n" if parsed is None else b"".join(self._wire.event(*parsed))
-
-
-def _refused_late(events: bytes) -> dict[str, Any] | None:
-    """The error that a stream begins with: vLLM validates some fields only once it streams."""
-    parsed = parse_event(_BLANK_LINE.split(events, maxsplit=1)[0])
-    content = parsed[1] if parsed is not None else None
-    return content if content is not None and isinstance(content.get("error"), dict) else None
-
-
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-
-
-def _end_of_events(data: bytes) -> int:
-    """Where the last whole event ends."""
-    return max((m.end() for m in _BLANK_LINE.finditer(data)), default=0)
 
 
 async def _read(receive: Receive) -> bytes | None:

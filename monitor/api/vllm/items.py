@@ -32,6 +32,8 @@ class ResponsesWire(Wire):
 
     def _incomplete(self, body: dict[str, Any]) -> dict[str, Any]:
         output = [item | {"status": "incomplete"} for item in body["output"] if item["type"] in _SAID]
+        if body.get("output_messages"):  # the raw tokens: of what a text replaces, or of half a call
+            body = body | {"output_messages": None}
         return body | {"status": "incomplete", "incomplete_details": {"reason": FILTERED}, "output": output}
 
     def event(self, name: str | None, data: dict[str, Any] | None) -> Iterator[bytes]:

@@ -32,7 +32,8 @@ from monitor.api.sinks import Sinks, announce
 from monitor.api.vllm.gate import Gate
 from monitor.api.vllm.wires import WIRES
 from monitor.config import Settings
-from monitor.engines.vllm.launch import Plan, Started, check_canaries, plan, started
+from monitor.engines.vllm.launch import Plan, Started, plan, started
+from monitor.engines.vllm.selftest import check_canaries
 from monitor.errors import ConfigInvalid
 from monitor.live import LiveProbes
 from monitor.metrics import Metrics

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,3 +77,18 @@ def parse_event(raw: bytes) -> Event | None:
     except ValueError:
         return None
     return (name, parsed) if isinstance(parsed, dict) else None
+
+
+BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+
+
+def end_of_events(data: bytes) -> int:
+    """Where the last whole event ends."""
+    return max((m.end() for m in BLANK_LINE.finditer(data)), default=0)
+
+
+def error_in(events: bytes) -> dict[str, Any] | None:
+    """The error that a stream begins with: vLLM validates some fields only once it streams."""
+    parsed = parse_event(BLANK_LINE.split(events, maxsplit=1)[0])
+    content = parsed[1] if parsed is not None else None
+    return content if content is not None and isinstance(content.get("error"), dict) else None

@@ -25,16 +25,20 @@ class Admission:
     observer: Observer
     offer: Offer | None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer."""
+        return min(self.model.max_model_len, self.settings.max_model_len or self.model.max_model_len)
+
     def groups(self, request: GenerationRequest, probes: ProbeSet, deliver: Deliver) -> list[Group]:
         """raises: RequestInvalid if this server could never hold it"""
         if request.n > self.settings.max_sequences:
             raise RequestInvalid(f"n is {request.n}; send at most {self.settings.max_sequences}", "n")
         groups = [Group(list(self._choices(request, p, probes, deliver))) for p in range(len(request.prompts))]
-        longest = min(self.model.max_model_len, self.settings.max_model_len or self.model.max_model_len)
         for group in groups:
-            if group.leader.reserved > longest:
+            if group.leader.reserved > self.longest:
                 raise RequestInvalid(
-                    f"{group.leader.reserved} tokens do not fit into the model's {longest}; shorten it"
+                    f"{group.leader.reserved} tokens do not fit into the model's {self.longest}; shorten it"
                 )
             if group.reserved > self.settings.kv_tokens:
                 raise RequestInvalid(

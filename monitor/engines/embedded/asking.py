@@ -1,4 +1,4 @@
-"""The second judge beside the engine: questions go to its threads, answers wait for the next step."""
+"""The second judge beside the engine: questions go to its thread, answers wait for the next step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Asking:
         return bool(self._answers)
 
     def ask(self, sequence: Generation) -> None:
-        """Hand a question that is new to the second judge's threads."""
+        """Hand a question that is new to the second judge's thread."""
         question = sequence.watch.question
         if question is None or question is sequence.asked:
             return

@@ -45,7 +45,6 @@ class EmbeddedEngine:
         offer: Offer | None = None,
     ) -> None:
         self.model_name = model.name
-        self.max_model_len = min(model.max_model_len, settings.max_model_len or model.max_model_len)
         self.steps = 0
         self._model = model
         self._settings = settings
@@ -54,6 +53,7 @@ class EmbeddedEngine:
         self._sets = Sets(live)
         self._pass = Forward(model, self._sets.current, settings.max_step_tokens + settings.max_sequences)
         self._admission = Admission(model, settings, observer, offer)
+        self.max_model_len = self._admission.longest
         self._schedule = Schedule(settings)
         self._aborted: set[str] = set()
         self._beside: list[Generation] = []  # canaries: not behind others, a roll-back must not wait for a slot
@@ -63,7 +63,6 @@ class EmbeddedEngine:
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
-        self._special = frozenset(model.tokenizer.all_special_ids)
         use_packed_attention(model.module)
 
     # --- any thread ---------------------------------------------------------------------------------------------
@@ -155,6 +154,12 @@ class EmbeddedEngine:
             sets = [self._sets.current]
             rows.append(self._pass.run([list(chunk)], Packed([cache], [len(chunk)]), [], sets)[0][sets[0]])
         return np.concatenate(rows)
+
+    def check_canaries(self) -> float:
+        """Of the probes that it starts with, as `LiveProbes` does; before `start` only. raises: ProbeMismatch"""
+        off = self.live.check_canaries(self._model.template, self.prefill, self._settings.canary_tolerance)
+        self._sets.current.verified = True
+        return off
 
     # --- the engine's thread ------------------------------------------------------------------------------------
 

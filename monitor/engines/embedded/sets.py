@@ -41,12 +41,12 @@ class Sets:
         self.held = [self.current]
 
     def of(self, live: LiveProbes, in_use: Iterable[ProbeSet]) -> ProbeSet:
-        """A set of this bank: the one that is held already (a roll-back's, mostly), or a new one.
+        """A set of this bank: the one that is held already (a roll-back's, or one just tried), or a new one.
 
         in_use: what sequences run on. raises: Overloaded if these are too many
         """
         used = {*in_use, self.current, self.before}
-        self.held = [s for s in self.held if s in used]
+        self.held = [s for s in self.held if s in used or s.live.bank.same(live.bank)]
         for one in self.held:
             if one.live.bank.same(live.bank):
                 return one

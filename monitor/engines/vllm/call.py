@@ -36,12 +36,13 @@ class Averages:
 @dataclass(slots=True)
 class Call:
     """key: name of the API key; model: its own name, asked: as the client spelled it; expected: sequences that will be
-    generated, n for each prompt; history: token ids that precede the newest turn, empty if unknown; silent: it leaves
-    no record
+    generated, n for each prompt; history: token ids that precede the newest turn, empty if unknown; silent: no
+    policy acts on it and it leaves no record
 
     terms: of the policy it is judged by, None before it is chosen; openings: by choice, once its prompt has its
     verdict; records: by choice, once it has ended; blocked: choices that ended in a block, with the tokens released;
-    failed: the first record of a sequence that may not be answered at all
+    failed: the first record of a sequence that may not be answered at all; refused: status and words of vLLM's refusal
+    of one that it has not begun
     """
 
     route: str
@@ -63,6 +64,7 @@ class Call:
     records: dict[int, Record] = field(default_factory=dict)
     blocked: dict[int, int] = field(default_factory=dict)
     failed: Record | None = None
+    refused: tuple[int, str] | None = None
 
     @property
     def caller(self) -> Caller:

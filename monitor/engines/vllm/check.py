@@ -5,32 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from vllm import __version__ as VLLM_VERSION
-from vllm.sampling_params import SamplingParams
 
 from monitor.config import Settings
+from monitor.engines.vllm.call import Call
 from monitor.engines.vllm.launch import Started, plan, started
+from monitor.engines.vllm.nobody import Nobody
 from monitor.engines.vllm.seams import SEAMS, missing_fields, problem
 from monitor.errors import MidstreamError, ProbeMismatch
-from monitor.types import Record
 
 _STEPS = 64
-
-
-class _Nobody:
-    """An observer of records that nobody keeps; counts what judging costs."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def record(self, record: Record) -> None:
-        return None
-
-    def scored(self, seconds: float, n_tokens: int) -> None:
-        self.seconds += seconds
 
 
 def check(settings: Settings, extra: Sequence[str]) -> int:
@@ -50,10 +38,10 @@ def check(settings: Settings, extra: Sequence[str]) -> int:
 
 
 async def _measure(settings: Settings, extra: Sequence[str]) -> list[tuple[str, str]]:
-    observer = _Nobody()
+    observer = Nobody()
     prepared = plan(settings, extra)
     async with started(prepared, observer) as running:
-        (report,) = await running.engine.collective_rpc("midstream_report")
+        report = agreed(await running.engine.collective_rpc("midstream_report"))
         if report["d_model"] != prepared.model.d_model or report["n_layers"] != prepared.model.n_layers:
             raise ProbeMismatch(
                 f"the worker's model is {report['n_layers']} layers of {report['d_model']}, the configuration says "
@@ -74,17 +62,32 @@ async def _measure(settings: Settings, extra: Sequence[str]) -> list[tuple[str, 
         ]
 
 
-async def _decode(running: Started, observer: _Nobody) -> float:
-    """Seconds per decode step of one sequence."""
-    params = SamplingParams(max_tokens=_STEPS, temperature=0.0, ignore_eos=True)
+def agreed(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first worker's report: with tensor parallelism there is one of each. raises: ProbeMismatch if they differ"""
+    first, *others = reports
+    for other in others:
+        differs = [name for name in ("d_model", "n_layers", "layers") if other[name] != first[name]]
+        if differs:
+            what = ", ".join(f"{name} {first[name]} and {other[name]}" for name in differs)
+            raise ProbeMismatch(f"vLLM's workers don't agree on the model: {what}; start without tensor parallelism")
+    return first
+
+
+async def _decode(running: Started, observer: Nobody) -> float:
+    """Seconds per decode step of one sequence. raises: ProbeMismatch if one of them went without a score"""
     prompt = running.plan.model.template.raw("The quick brown fox jumps over the lazy dog.")
-    times = []
-    for i in range(2):  # the first warms up
+    seconds = 0.0
+    for _ in range(2):  # the first warms up
         observer.seconds, began = 0.0, time.perf_counter()
-        async for _ in running.engine.generate({"prompt_token_ids": list(prompt.token_ids)}, params, f"check-{i}"):
-            pass
-        times.append((time.perf_counter() - began) / _STEPS)
-    return times[-1]
+        record = await running.scorer.generate(Call("check", "raw"), prompt.token_ids, _STEPS, ignore_eos=True)
+        seconds = (time.perf_counter() - began) / _STEPS
+        lost = record.coverage.unmonitored
+        if lost or record.finish != "length":
+            raise ProbeMismatch(
+                f"{_STEPS} decode steps were to be timed: {lost} tokens have no score, and the answer ended with "
+                f"{record.finish!r}; try --enforce-eager, and a policy that lets a plain sentence pass"
+            )
+    return seconds
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Table:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.platforms import current_platform
+from vllm.v1.metrics.stats import IterationStats
 
 from monitor.engines.vllm.banks import Banks
 from monitor.engines.vllm.call import Averages, Call, current
@@ -41,7 +42,7 @@ class _Relay:
 
 
 class Judge:
-    """Takes the place of four methods of an AsyncLLM's output processor. Every request goes through it.
+    """Takes the place of methods of an AsyncLLM and of its output processor. Every request goes through it.
 
     engine: vLLM's AsyncLLM, whose workers are MonitoredWorkers; width: columns of a bank; offer: told of each finished
     sequence after its record
@@ -71,12 +72,24 @@ class Judge:
         self._abort, self._propagate = processor.abort_requests, processor.propagate_error
         processor.add_request, processor.process_outputs = self.add_request, self.process_outputs
         processor.abort_requests, processor.propagate_error = self.abort_requests, self.propagate_error
+        self._enter, engine.add_request = engine.add_request, self.enter
 
     @property
     def active(self) -> int:
         return len(self._sequels)
 
     # --- in: a request ---------------------------------------------------------------------------------------------
+
+    async def enter(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep why vLLM refuses a request: some routes that stream tell it in other words by then, or break off."""
+        try:
+            return await self._enter(*args, **kwargs)
+        except VLLMClientError as error:
+            current().refused = (400, str(error))
+            raise
+        except GracefulHTTPError as error:  # its queue is full
+            current().refused = (int(error.http_status), error.message)
+            raise
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
@@ -150,14 +163,15 @@ class Judge:
 
     def _pass_on(self, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """To vLLM's own method, and see which sequences have ended by it."""
-        result = self._process(outputs, *args, **kwargs)
-        running = self._processor.request_states
-        for output in outputs:
-            request_id = output.request_id
-            if output.stop_reason is BLOCKED:  # to vLLM the engine has ended it; it has not
-                result.reqs_to_abort.append(request_id)
-            if request_id not in running:
-                self._end(request_id, "stop")
+        try:
+            result = self._process(outputs, *args, **kwargs)
+        finally:  # an error of vLLM's in the midst of it too: nothing else would end those that it has ended
+            running = self._processor.request_states
+            for output in outputs:
+                if output.request_id not in running:
+                    self._end(output.request_id, "stop")
+        # To vLLM the engine has ended what was blocked; it has not.
+        result.reqs_to_abort += [output.request_id for output in outputs if output.stop_reason is BLOCKED]
         return result
 
     def _end(self, request_id: str, finish: FinishReason) -> None:
@@ -190,7 +204,7 @@ class Judge:
     # --- a second judge --------------------------------------------------------------------------------------------
 
     def _ask(self, sequel: Sequel) -> None:
-        """Hand a question that is new to the second judge's threads; nothing here waits for it."""
+        """Hand a question that is new to the second judge's thread; nothing here waits for it."""
         question = sequel.watch.question
         if question is None or question is sequel.asked:
             return
@@ -214,7 +228,10 @@ class Judge:
         self._ask(sequel)
         if not ready:
             return
-        result = self._pass_on([output])
+        stats = IterationStats() if self._processor.log_stats else None
+        result = self._pass_on([output], time.monotonic(), stats)  # the engine's own clock
+        if stats is not None and self.engine.logger_manager is not None:
+            self.engine.logger_manager.record(scheduler_stats=None, iteration_stats=stats)
         if result.reqs_to_abort:
             task = self._loop.create_task(self.engine.engine_core.abort_requests_async(result.reqs_to_abort))
             self._aborting.add(task)

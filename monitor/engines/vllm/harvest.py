@@ -13,11 +13,12 @@ from monitor.config import Settings
 from monitor.engines.embedded.model import LoadedModel
 from monitor.engines.vllm.client import Judge
 from monitor.engines.vllm.launch import describe, parse, start, tapped
+from monitor.engines.vllm.nobody import Nobody
 from monitor.engines.vllm.reread import averages
 from monitor.engines.vllm.support import KEY, TapConfig
 from monitor.errors import MidstreamError
 from monitor.reread import Pooled
-from monitor.types import Record, Turn
+from monitor.types import Turn
 
 _AT_ONCE = 64
 _WORKER = "monitor.engines.vllm.worker.MonitoredWorker"
@@ -67,7 +68,7 @@ class VllmHarvest:
     async def _start(self) -> None:
         self._engine = start(self._config, self._arguments)
         tap = self._config.additional_config[KEY]
-        Judge(self._engine, self.model.template, _Nobody(), self.model.name, self.layers, tap["width"])
+        Judge(self._engine, self.model.template, Nobody(), self.model.name, self.layers, tap["width"])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -116,13 +117,3 @@ class VllmHarvest:
             work.result()
         finally:
             work.cancel()
-
-
-class _Nobody:
-    """No record comes: nothing is judged."""
-
-    def record(self, record: Record) -> None:
-        return None
-
-    def scored(self, seconds: float, n_tokens: int) -> None:
-        return None

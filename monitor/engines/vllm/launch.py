@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm import __version__ as VLLM_VERSION
@@ -16,16 +16,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from monitor.config import Settings
 from monitor.engines.identity import identify, locate
-from monitor.engines.vllm.banks import Bank
 from monitor.engines.vllm.client import Judge
 from monitor.engines.vllm.reread import VllmRereading
 from monitor.engines.vllm.scorer import VllmScorer
+from monitor.engines.vllm.selftest import check_canaries, check_decoding, check_rendering
 from monitor.engines.vllm.support import KEY, TapConfig, check_config, check_environment
 from monitor.errors import ConfigInvalid
-from monitor.live import LiveProbes, ServedModel, canary_prompts, load_candidates, load_live
+from monitor.live import LiveProbes, ServedModel, load_candidates, load_live, names_of
 from monitor.reread import Offer
 from monitor.template import ChatTemplate
-from monitor.types import Observer, Scores
+from monitor.types import Observer
 from probes_store.store import Store
 
 _OURS = (
@@ -39,7 +39,9 @@ _OURS = (
     "--dtype",
 )
 
-_TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
+_TLS = "Midstream speaks plain HTTP; put a TLS proxy in front (SECURITY.md)"
+_KEYS = "the keys are midstream's; leave it out and set MIDSTREAM_API_KEY or MIDSTREAM_KEYS"
+_RENDERS = "thresholds hold for prompts that the model's own chat template and tokenizer make; leave it out"
 # Settings of the embedded engine that vLLM has arguments of its own for.
 _VLLM_HAS = {
     "max_sequences": "vLLM's --max-num-seqs",
@@ -92,7 +94,8 @@ def plan(settings: Settings, extra: Sequence[str]) -> Plan:
     model = describe(settings)
     live = load_live(model, Store(settings.store), settings)
     arguments = parse(settings, extra, model.name, settings.dtype or live.probes[0].card.model.dtype)
-    return Plan(settings, arguments, model, live)
+    model = replace(model, aliases=tuple(arguments.served_model_name))
+    return Plan(settings, arguments, model, live.called(names_of(model, settings)))
 
 
 def parse(settings: Settings, extra: Sequence[str], name: str, dtype: str) -> Any:
@@ -108,14 +111,30 @@ def parse(settings: Settings, extra: Sequence[str], name: str, dtype: str) -> An
     if "--served-model-name" not in given:
         own += ["--served-model-name", *dict.fromkeys([settings.model, name])]
     arguments = parser.parse_args([*own, *extra])
+    _check(arguments, {str(where), settings.model}, settings.revision)
     validate_parsed_serve_args(arguments)
-    tls = next((name for name in _TLS if getattr(arguments, name, None)), None)
-    if tls is not None:  # by what it comes to: a name may be spelled in ways, and stand in vLLM's own --config
-        raise ConfigInvalid(
-            f"--{tls.replace('_', '-')} is not supported: Midstream speaks plain HTTP; put a TLS proxy "
-            "in front (SECURITY.md)"
-        )
     return arguments
+
+
+def _check(arguments: Any, model: Collection[str], revision: str | None) -> None:
+    """By what they come to: a name may be spelled in ways, and stand in vLLM's own --config.
+
+    model: where its tokenizer may be. raises: ConfigInvalid
+    """
+    refused = (
+        ("ssl-keyfile", arguments.ssl_keyfile, _TLS),
+        ("ssl-certfile", arguments.ssl_certfile, _TLS),
+        ("ssl-ca-certs", arguments.ssl_ca_certs, _TLS),
+        ("api-key", arguments.api_key, _KEYS),
+        ("chat-template", arguments.chat_template, _RENDERS),
+        ("default-chat-template-kwargs", arguments.default_chat_template_kwargs, _RENDERS),
+        ("tokenizer", arguments.tokenizer not in (None, *model), _RENDERS),
+        ("tokenizer-mode", arguments.tokenizer_mode.lower() not in ("auto", "hf"), _RENDERS),
+        ("tokenizer-revision", arguments.tokenizer_revision not in (None, revision), _RENDERS),
+    )
+    for name, given, why in refused:
+        if given:
+            raise ConfigInvalid(f"--{name} is not supported: {why}")
 
 
 def describe(settings: Settings) -> ServedModel:
@@ -176,9 +195,9 @@ def tap_config(plan: Plan, architecture: str) -> TapConfig:
 async def started(
     plan: Plan, observer: Observer, config: Any = None, offer: Offer | None = None
 ) -> AsyncIterator[Started]:
-    """The engine, its probes loaded and its canaries scored; shut down at the end. offer: told of finished sequences
+    """The engine, its probes loaded and its self-test passed; shut down at the end. offer: told of finished sequences
 
-    raises: ProbeMismatch if a canary is off, and what vLLM raises if it can't start
+    raises: ProbeMismatch if the self-test fails, and what vLLM raises if it can't start
     """
     config = config or engine_config(plan)
     tap = TapConfig(**config.additional_config[KEY])
@@ -193,6 +212,8 @@ async def started(
         await judge.banks.load(plan.live)
         scorer = VllmScorer(engine)
         off = await check_canaries(scorer, plan, plan.live)
+        await check_decoding(scorer, plan, plan.live)
+        await check_rendering(engine, plan)
         yield Started(engine, judge, scorer, rereading, plan, dtype, off)
 
 
@@ -207,17 +228,6 @@ def start(config: Any, arguments: Any) -> Any:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigInvalid(f"vLLM did not start ({_one_line(error)}); its own messages above say why") from error
-
-
-async def check_canaries(scorer: VllmScorer, plan: Plan, live: LiveProbes, bank: Bank | None = None) -> float:
-    """Through the whole engine: forward pass, scheduler, judge. bank: where the probes lie, None: they are in service
-
-    raises: ProbeMismatch
-    """
-    template, scores = plan.model.template, dict[tuple[int, ...], Scores]()
-    for prompt in canary_prompts(live, template):
-        scores[prompt.token_ids] = await scorer.prefill(prompt, len(live.bank), bank)
-    return live.check_canaries(template, lambda prompt: scores[prompt.token_ids], plan.settings.canary_tolerance)
 
 
 def _one_line(error: Exception) -> str:

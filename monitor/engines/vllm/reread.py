@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from monitor.engines.vllm.call import CALL, Averages, Call
+from monitor.engines.vllm.call import Averages, Call
+from monitor.engines.vllm.own import see_through
 from monitor.reread import Pooled
 from monitor.types import Turn
 
@@ -34,16 +34,10 @@ async def averages(engine: Any, ids: Sequence[int], spans: Sequence[Turn], n_lay
     call = Call("internal", "raw", averages=wanted)
     if len(ids) >= engine.model_config.max_model_len:
         return None  # vLLM wants room for a token, though none is asked for
-    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    request = {"prompt_token_ids": list(ids), "cache_salt": secrets.token_hex(16)}
-    token = CALL.set(call)
     try:
-        async for _ in engine.generate(request, params, call.id, priority=_LATER):
-            pass
+        await see_through(engine, call, ids, salt=secrets.token_hex(16), priority=_LATER)
     except REFUSED:
         return None
-    finally:
-        CALL.reset(token)
     if wanted.means is None:
         return None
     return np.frombuffer(wanted.means, np.float32).reshape(len(spans), n_layers, -1)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from monitor.engines.vllm.banks import Bank
-from monitor.engines.vllm.call import CALL, Call, Given
+from monitor.engines.vllm.call import Call, Given
+from monitor.engines.vllm.own import see_through
 from monitor.errors import Overloaded, RequestInvalid
 from monitor.types import Caller, Prompt, Record, Scores, Trace
 
@@ -25,47 +25,57 @@ class VllmScorer:
     async def prefill(self, prompt: Prompt, n_probes: int, bank: Bank | None = None) -> Scores:
         """(n_tokens, n_probes) scores of a prompt, computed and not from the cache, NaN where there is none; leaves no
         record. bank: the set, None: in service. raises: RequestInvalid for a prompt that vLLM can't take"""
-        scores = np.full((len(prompt.token_ids), n_probes), np.nan, np.float32)
+        return (await self.decode(prompt, 0, n_probes, bank))[1]
 
-        def take(first: int, _ids: Sequence[int], rows: Scores) -> None:
-            scores[first : first + len(rows)] = rows
+    async def decode(
+        self, prompt: Prompt, n: int, n_probes: int, bank: Bank | None = None
+    ) -> tuple[tuple[int, ...], Scores]:
+        """As `prefill`, of a prompt and n tokens sampled after it, greedily, whatever they are: all ids and scores"""
+        ids = np.full(len(prompt.token_ids) + n, -1)
+        scores = np.full((len(ids), n_probes), np.nan, np.float32)
+
+        def take(first: int, these: Sequence[int], rows: Scores) -> None:
+            at = slice(first, first + len(rows))
+            ids[at], scores[at] = these, rows
 
         call = Call("self-test", prompt.format, trace=take, silent=True, bank=bank)
-        await self._generate(call, prompt.token_ids, 1, 0.0, salt=call.id)
-        return scores
+        await self.generate(call, prompt.token_ids, n + 1, salt=call.id, ignore_eos=True)
+        return tuple(ids.tolist()), scores
 
     async def judge(self, request_id: str, prompt: Prompt, answer: tuple[int, ...], caller: Caller) -> Record:
         """See `Scorer`."""
         call = Call(caller.route, prompt.format, caller.model, caller.key, id=request_id, given=Given(prompt, answer))
-        return await self._generate(call, prompt.token_ids + answer, 1, 0.0)
+        return await self.generate(call, prompt.token_ids + answer, 1)
 
     async def follow(
         self, request_id: str, prompt: Prompt, max_tokens: int, temperature: float, caller: Caller, trace: Trace
     ) -> Record:
         """Answer a prompt for nobody but `trace`; cancelling it stops the work. raises: as `judge`"""
         call = Call(caller.route, prompt.format, caller.model, caller.key, id=request_id, trace=trace)
-        return await self._generate(call, prompt.token_ids, max_tokens, temperature)
+        return await self.generate(call, prompt.token_ids, max_tokens, temperature)
 
-    async def _generate(
-        self, call: Call, ids: Sequence[int], max_tokens: int, temperature: float, salt: str | None = None
+    async def generate(
+        self,
+        call: Call,
+        ids: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        *,
+        salt: str | None = None,
+        ignore_eos: bool = False,
     ) -> Record:
+        """The call's request, to its end. salt: keeps it from what is cached. raises: RequestInvalid, Overloaded"""
         room = self._engine.model_config.max_model_len
         if len(ids) + max_tokens > room:
             raise RequestInvalid(
                 f"{len(ids)} tokens + {max_tokens} do not fit into the model's {room}; shorten the text"
             )
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, detokenize=False)
-        request = {"prompt_token_ids": list(ids)} | ({} if salt is None else {"cache_salt": salt})
-        token = CALL.set(call)
         try:
-            async for _ in self._engine.generate(request, params, call.id):
-                pass
+            await see_through(self._engine, call, ids, max_tokens, temperature, salt=salt, ignore_eos=ignore_eos)
         except VLLMValidationError as error:
             raise RequestInvalid(str(error)) from error
         except EngineDeadError as error:
             raise Overloaded("the engine has died, the server is shutting down; try again later") from error
         except (GracefulHTTPError, EngineGenerateError) as error:  # its queue is full, or this request has failed
             raise Overloaded("vLLM takes no more requests now; try again later") from error
-        finally:
-            CALL.reset(token)
         return call.records[0]

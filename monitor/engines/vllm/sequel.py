@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,12 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine import FinishReason as Finish
 
 from monitor.engines.vllm.banks import Bank
-from monitor.engines.vllm.call import Call, blocks_prompt
+from monitor.engines.vllm.call import Call
 from monitor.engines.vllm.held import Held
 from monitor.engines.vllm.support import KEY, N_BANKS
 from monitor.question import Question
 from monitor.sequence import Watch
-from monitor.types import FinishReason, Opening, Phase, Prompt, Record, Scores
+from monitor.types import Action, FinishReason, Mode, Opening, Phase, Prompt, Record, Scores
 
 BLOCKED = "midstream:blocked"  # compared by identity: a client's stop string that reads the same is another object
 _REASONS: dict[Any, FinishReason] = {
@@ -40,7 +41,10 @@ class Sequel:
         self._plain = False  # its prompt has its verdict, and nothing but the answer's next tokens is expected
         policy = bank.live.choose(call.caller)
         self.terms = policy.terms
-        self.watch = Watch(prompt, policy.rules[prompt.format], policy.second)
+        rules = policy.rules[prompt.format]
+        if call.silent:  # the self-test compares scores, whatever a policy makes of them
+            rules = tuple(replace(rule, mode=Mode.SHADOW, escalate=None) for rule in rules)
+        self.watch = Watch(prompt, rules, policy.second)
         given = () if call.given is None else call.given.answer
         self.tokens: list[int] = [*prompt.token_ids, *given]
         self.asked: Question | None = None
@@ -143,6 +147,6 @@ class Sequel:
             return
         if finish == "content_filter":
             call.blocked[self.index] = self.watch.released
-        record = self.record
-        if call.failed is None and (finish == "unmonitored" or blocks_prompt(record)):
-            call.failed = record
+        blocks_prompt = any(r.action is Action.BLOCK for r in call.openings[self.index].readings)
+        if call.failed is None and (finish == "unmonitored" or blocks_prompt):
+            call.failed = self.record

@@ -52,17 +52,17 @@ class BankTap:
         """
         k = weight.shape[2]
         columns = slice(bank * self.config.width, bank * self.config.width + k)
+        reads = self._reads.copy()  # a step that is under way keeps what it began with
         for row, (layer, block) in enumerate(zip(self.config.layers, self.blocks, strict=True)):
             of_layer: Any = block.midstream_weight
             of_layer[:, columns.start : (bank + 1) * self.config.width] = 0.0
             if layer in layers:
                 of_layer[:, columns] = weight[layers.index(layer)].to(of_layer)
-            self._reads[row, bank] = layer in layers
-        # New arrays: a step that is under way keeps those it began with.
-        self._bias = self._bias.copy()
-        self._bias[bank] = np.nan
-        self._bias[bank, :k] = bias
-        self._reads = self._reads.copy()
+            reads[row, bank] = layer in layers
+        bias_of_all = self._bias.copy()
+        bias_of_all[bank] = np.nan
+        bias_of_all[bank, :k] = bias
+        self._bias, self._reads = bias_of_all, reads
         self.epochs = tuple(epoch if b == bank else e for b, e in enumerate(self.epochs))
 
     def begin(self) -> None:

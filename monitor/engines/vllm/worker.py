@@ -46,7 +46,6 @@ class MonitoredWorker(_Worker):
         capacity = max(scheduler.max_num_batched_tokens, graphs)
         self.tap = BankTap(self.model_runner.get_model(), config, capacity, self.device)
         self._pools = Pools(self.tap, self.device) if config.streams else None
-        self._cache: SlotScores | None = None
         self._step: Step | None = None
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -55,6 +54,9 @@ class MonitoredWorker(_Worker):
             # Slots are read from the one block table there is; a window would put null blocks into it.
             raise ModelUnsupported(f"KV cache groups {', '.join(kinds)}: only one of full attention is supported")
         super().initialize_from_config(kv_cache_config)
+        per_block = self.vllm_config.cache_config.block_size
+        n_slots = kv_cache_config.num_blocks * max(per_block, self.model_runner.input_batch.block_table[0].block_size)
+        self._cache = SlotScores(n_slots, self.tap.config.n_banks, self.tap.config.width)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._pools is not None:
@@ -76,11 +78,6 @@ class MonitoredWorker(_Worker):
         return self.attach_scores(output, step)
 
     def attach_scores(self, output: Any, step: Step) -> Any:
-        if self._cache is None:
-            table = self.model_runner.input_batch.block_table[0]
-            per_block = self.vllm_config.cache_config.block_size
-            n_slots = self.vllm_config.cache_config.num_gpu_blocks * max(per_block, table.block_size)
-            self._cache = SlotScores(n_slots, self.tap.config.n_banks, self.tap.config.width)
         try:
             scores = step.scores(self._cache)
         except RuntimeError as error:  # no scores, and the fail mode decides; it must not end everybody's answer

@@ -28,7 +28,14 @@ async function send(method, path, body, headers, signal) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The server does not answer; is it still running?");
   }
-  const content = await answer.json().catch(() => ({}));
+  let content = {};
+  try {
+    content = await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    // Of a refusal the status says enough; half an answer must not be taken for an empty one.
+    if (answer.ok) throw new Refused(0, "The server's answer was cut off; try again");
+  }
   if (answer.ok) return content;
   const refused = new Refused(answer.status, content?.error?.message ?? `The server answered ${answer.status}`);
   if (answer.status === 401 && !headers?.Authorization) ended();

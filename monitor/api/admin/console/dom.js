@@ -24,9 +24,17 @@ function node(child) {
   return child instanceof Node ? child : document.createTextNode(visible(String(child)));
 }
 
+// U+FE0F behind an emoji and U+200D between two of them hide nothing.
+const HIDDEN = new RegExp([
+  String.raw`(?![\t\n\u200d\ufe0f])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]`,
+  String.raw`(?<!\p{Extended_Pictographic})\ufe0f`,
+  String.raw`(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}]\ufe0f?)\u200d`,
+  String.raw`\u200d(?!\p{Extended_Pictographic})`,
+].join("|"), "gu");
+
 /** What does not print, turns text around or hides in it becomes a box; line ends and tabs stay. */
 export function visible(text) {
-  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]/gu, "□");
+  return text.replace(HIDDEN, "□");
 }
 
 /** h("td", {class: "n"}, value, [more]): children that are null are left out. */

@@ -20,12 +20,13 @@ function isOff() {
 }
 
 function writes(target) {
-  return target instanceof Element && target.closest("input, textarea, select, [contenteditable], dialog") !== null;
+  return target instanceof Element && target.closest("input, textarea, select, [contenteditable]") !== null;
 }
 
 export function listen(always) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || writes(event.target)) return;
+    if (document.querySelector("dialog[open]")) return; // even where the focus is not in it: nothing behind it acts
     const act = event.key === "?" ? showHelp : (acts[event.key] ?? always[event.key]);
     if (!act || (isOff() && !["?", "Escape"].includes(event.key))) return;
     // Space and Enter are the button's that has the focus.

@@ -77,13 +77,20 @@ function card(probe, load, follow, home) {
   const rollback = probe.previous && probe.previous !== probe.live ? button(`Roll back to ${probe.previous}`, swap(`Roll back to ${probe.previous}`,
     `${probe.name} ${probe.previous} serves again at once, without a restart; ${probe.live} stays in the store.`, "rollback", { to: probe.previous })) : null;
   const retrain = probe.live === null ? null : button("Retrain", () => ask("Retrain?", `A new version of ${probe.name} from the labels that ${probe.live} has not seen. Unless the gate calls it DEGRADED it becomes the candidate; it serves nothing before you promote it.`,
-    "Retrain", done(async () => { await post("/admin/retrain", { probe: probe.name }); await follow(); }, () => "The training has begun"), home));
+    "Retrain", done(() => begin(probe.name, follow), () => "The training has begun"), home));
   const rows = probe.versions.map((version) => versionRow(probe, version, swap));
   return h("article", { class: "card", tabindex: "-1", "data-probe": probe.name, "aria-label": probe.name },
     h("div", { class: "line" }, h("h2", null, probe.name), probe.serves ? h("span", { class: "tag" }, `${probe.serves} live`) : null, probe.live === null ? h("span", { class: "tag" }, "idle") : null,
       probe.tries ? h("span", { class: "tag shadow" }, `${probe.tries} in shadow`) : null, h("span", { class: "spring" }), rollback, retrain),
     unlike(probe), needed(probe), ...(probe.thresholds ?? []).map(standing),
     table(`Versions of ${probe.name}`, ["version", "state", "created", "kind", "layers", "labels", "gate", "figures", "sha256", ""], rows, { class: "stack" }));
+}
+
+/** Starts a training. Throws where it could not be started. */
+async function begin(name, follow) {
+  const now = await post("/admin/retrain", { probe: name });
+  await follow();
+  if (now.state === "failed") throw new Error(`The training failed: ${now.lines.at(-1) ?? "its output says why"}`);
 }
 
 /** Where what runs is not what live.json names: the server has refused it, or has not come to it yet. */

@@ -50,6 +50,8 @@ export function showQueue(place, first) {
   // what is shown can be labelled, one at a time.
   const state = { entries: [], next: null, at: -1, open: null, pairs: [], last: null, load: null, opens: 0, wanted: null, shown: null, sending: false };
   detail.addEventListener("midstream:shown", (event) => { state.shown = event.detail; });
+  // Forgotten, so that it is asked for again when it is chosen again, as by r.
+  detail.addEventListener("midstream:failed", (event) => { if (state.wanted === event.detail) state.wanted = null; });
 
   function drawBar() {
     const name = bar.contains(document.activeElement) ? document.activeElement.name : null;

@@ -23,7 +23,7 @@ export function stopShowing() {
   asked?.abort();
 }
 
-/** label: called with a word of LABELS. Says `midstream:shown` with "ID/choice" once it is drawn. */
+/** label: called with a word of LABELS. Says `midstream:shown` with "ID/choice" once it is drawn, or `midstream:failed`. */
 export async function showRequest(place, id, choice, label) {
   asked?.abort();
   const own = (asked = new AbortController());
@@ -33,7 +33,9 @@ export async function showRequest(place, id, choice, label) {
     place.scrollTop = 0;
     place.dispatchEvent(new CustomEvent("midstream:shown", { detail: `${id}/${choice}` }));
   } catch (error) {
-    if (error.name !== "AbortError") fill(place, [h("p", { class: "empty bad", role: "alert" }, error.message)]);
+    if (error.name === "AbortError") return;
+    fill(place, [h("p", { class: "empty bad", role: "alert" }, error.message)]);
+    place.dispatchEvent(new CustomEvent("midstream:failed", { detail: `${id}/${choice}` }));
   }
 }
 
