@@ -100,7 +100,8 @@ async def ask(port: int, words: int, every_s: float, begin: int) -> dict[str, An
                 else:
                     got["gaps_s"].append(now - last)
                 last = now
-                got["late_s"].append(now - data["said"])
+                if "said" in data:  # of a chunk that a verdict has cut nothing unknown goes out
+                    got["late_s"].append(now - data["said"])
     except ConnectionError:
         got["ended"] = "reset"
     writer.close()
