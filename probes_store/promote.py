@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -29,12 +29,14 @@ Tried = Callable[[Mapping[str, str]], None]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """live: the version that is served; previous: the one to go back to, candidate: the one in shadow, if there is"""
+    """live: the version that is served; previous: the one to go back to, candidate: the one in shadow, if there is;
+    stopped: the one that was in shadow until now"""
 
     probe: str
     live: str
     previous: str | None
     candidate: str | None = None
+    stopped: str | None = None
 
 
 def promote(
@@ -113,15 +115,15 @@ def shadow(
         _expected(chosen.get(key, live), probe, instead_of)
         if live is None:
             raise ConfigInvalid(f"no version of {probe!r} is live for model {model!r}; see `midstream probe list`")
-        if card is None:
-            chosen.pop(key + CANDIDATE, None)
-        elif card.version == live:
-            raise ConfigInvalid(f"{probe} {live} is live; name another version to try beside it")
-        else:
+        before = chosen.pop(key + CANDIDATE, None)
+        if card is not None:
+            if card.version == live:
+                raise ConfigInvalid(f"{probe} {live} is live; name another version to try beside it")
             with suppress(ProbeInvalid):
                 _same_model(card, store.load(model, probe, live).card)
             chosen[key], chosen[key + CANDIDATE] = live, card.version
-        return _told(chosen, model, probe, live)
+        told = _told(chosen, model, probe, live)
+        return replace(told, stopped=before if before != told.candidate else None)
 
 
 def pin(store: Store, model: str, probe: str) -> None:

@@ -23,6 +23,7 @@ def test_promote_and_rollback(run, store):
         "live": "v2",
         "previous": "v1",
         "candidate": None,
+        "stopped": None,
     }
     assert store.live(MODEL) == {"demo": "v2"}
     told(run("probe", "rollback", "demo"))

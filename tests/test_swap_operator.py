@@ -32,7 +32,7 @@ def test_promote_rollback_and_shadow_by_the_admin_port(both):
         ("POST", "/admin/probes/hair/promote", "200 promoted v2, v1 is kept"),
         ("POST", "/admin/probes/hair/rollback", "200 rolled back to v1, v2 is kept"),
         ("POST", "/admin/probes/hair/shadow", "200 shadow v3"),
-        ("POST", "/admin/probes/hair/shadow", "200 shadow none"),
+        ("POST", "/admin/probes/hair/shadow", "200 shadow none, v3 is stopped"),
     ]
     assert (reloads(both, "loaded"), reloads(both, "refused")) == (4, 0)
     time.sleep(0.3)  # the file is as the server left it: nothing is loaded again

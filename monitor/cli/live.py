@@ -70,7 +70,8 @@ def shadow(
     if as_json:
         print(json.dumps(asdict(choice)))
     else:
-        print(f"{name}: " + (f"{version} in shadow beside {choice.live}" if version else "no candidate any more"))
+        stopped = f"; {choice.stopped} is stopped" if choice.stopped else ""
+        print(f"{name}: {f'{version} in shadow beside {choice.live}' if version else 'no candidate'}{stopped}")
 
 
 def rollback(

@@ -118,6 +118,8 @@ def probe_routes(app: FastAPI, operations: ProbeOperations) -> None:
     async def shadow(request: Request, name: Name, body: ShadowRequest) -> Response:
         did(request, f"shadow {body.version or 'none'}")
         choice = await _done(changes.shadow(name, body.version, body.instead_of))
+        if choice.stopped is not None:
+            did(request, f"shadow {body.version or 'none'}, {choice.stopped} is stopped")
         return JSONResponse({"probe": choice.probe, "candidate": choice.candidate})
 
     @app.post("/admin/retrain")
