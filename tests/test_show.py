@@ -7,7 +7,7 @@ import pytest
 from monitor.cli import main
 from monitor.cli.score import _coloured
 from monitor.terminal import plain
-from monitor.types import Action
+from monitor.types import Action, Phase
 
 from .test_records import reading, record
 from .test_traffic import fill
@@ -48,6 +48,15 @@ def test_a_record_is_shown_as_it_is_written(run):
     assert head == f"r1 choice 0 · chat · {SHOWN} · policy p[/], key k[/]"
     assert f"{SHOWN}: highest positions" in out and "v1[/]" in out
     assert all(c.isprintable() for c in out.replace("\n", ""))
+
+
+def test_in_80_columns_nothing_is_cut(run, tmp_path, monkeypatch):
+    one = reading(Action.BLOCK, probe="harmful-intent", phase=Phase.RESPONSE, crossed_at=2)
+    fill(tmp_path / "state/midstream/records.sqlite3", record("r1", verdict=Action.BLOCK, readings=(one,)))
+    monkeypatch.setenv("COLUMNS", "80")
+    table = [line for line in run("show", "r1").splitlines() if "│" in line]
+    assert "harmful-intent│v1" in table[0] and "│response│block│" in table[0]
+    assert not any("…" in line for line in table) and all(len(line) <= 80 for line in table)
 
 
 @pytest.mark.usefixtures("kept")

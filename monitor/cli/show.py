@@ -15,6 +15,9 @@ from monitor.config import load_settings
 from monitor.errors import ConfigInvalid
 from monitor.terminal import all_plain
 
+_WIDE = 107
+"""Columns of the table with blanks around its cells."""
+
 
 def show(
     request_id: Annotated[str, typer.Argument(help="From x-midstream-request-id, or a completion's id.")],
@@ -51,7 +54,8 @@ def _show(console: Console, record: dict[str, Any]) -> None:
             ", read by the observer" if record.get("scored_by") == "observer" else "",
         )
     )
-    table = Table()
+    # In 80 columns there is no room for blanks; a name or a figure that is cut says nothing.
+    table = Table(padding=(0, 1 if console.width >= _WIDE else 0))
     for column in (
         "probe",
         "version",
@@ -63,7 +67,7 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         "crossed at",
         "highest token",
     ):
-        table.add_column(column)
+        table.add_column(column, overflow="fold", no_wrap=column in ("probe", "phase"))
     acted = {r["probe"] for r in record["readings"] if r["action"] != "allow" or r["would_block"]}
     for r in record["readings"]:
         if r["mode"] == "shadow" and r["threshold"] is None and r["action"] == "allow":
