@@ -146,10 +146,10 @@ def harmless(live: LiveProbes) -> Normals:
     """
     found: Normals = {}
     for probe in live.probes:
-        base, calibrated = load_base(probe), probe.card.calibration.get("chat", {})
+        base = load_base(probe)
         of_layers = {} if base is None else {layer: Normal.of(base.cells[layer, 0]) for layer in base.layers}
         # Its rows are prompts, unless it is a probe of answers alone.
-        phase = Phase.RESPONSE if calibrated.keys() == {Phase.RESPONSE.value} else Phase.PROMPT
+        phase = Phase.RESPONSE if probe.card.of_answers else Phase.PROMPT
         if of_layers and None not in of_layers.values():
             found[probe.name, phase] = {layer: normal for layer, normal in of_layers.items() if normal is not None}
     return found
