@@ -65,6 +65,11 @@ def serving(quiet, star_probe, tmp_path):
         one.close()
 
 
+def exporting():
+    """Threads of the SDK and of `close` that still live in this process."""
+    return [t for t in threading.enumerate() if t.name in ("midstream-spans", "OtelBatchSpanRecordProcessor")]
+
+
 @pytest.fixture
 def traced(serving, collector):
     return serving(collector.url)
@@ -256,9 +261,9 @@ def test_spans_arrive_while_the_server_runs(serving, collector, monkeypatch):
 @pytest.mark.parametrize("dead", ["refuses", "hangs"])
 def test_a_dead_collector_changes_nothing_for_clients(serving, collector, monkeypatch, dead):
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "4")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "12")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "4")
     url = collector.url
     if dead == "hangs":
         collector.hold.clear()
@@ -275,6 +280,11 @@ def test_a_dead_collector_changes_nothing_for_clients(serving, collector, monkey
     closing.start()
     closing.join(60)
     assert not closing.is_alive(), "only a guard: it gives the collector 5 s"
+    # What is left gives up at once, and does not go on for the SDK's 30 s, beside whatever comes next.
+    collector.hold.set()
+    for thread in exporting():
+        thread.join(3)
+    assert exporting() == []
 
 
 def test_more_open_spans_than_the_bound_are_not_made(serving, collector, monkeypatch):

@@ -61,14 +61,15 @@ class Spans:
     """Those that are open, by our request id. `begin` and `end` belong to the event loop; `record` may be called from
     any thread, and only keeps the record.
 
-    provider: the SDK's TracerProvider, ours alone; grace_s: how long after its answer a request's records may come
+    provider: the SDK's TracerProvider, ours alone; exporter: what it sends by; grace_s: how long after its answer a
+    request's records may come
     """
 
-    def __init__(self, provider: Any, grace_s: float = _GRACE_S) -> None:
+    def __init__(self, provider: Any, exporter: Any, grace_s: float = _GRACE_S) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._provider, self.grace_s, self._trace = provider, grace_s, trace
+        self._provider, self._exporter, self.grace_s, self._trace = provider, exporter, grace_s, trace
         self._tracer = provider.get_tracer("midstream", __version__)
         self._w3c = TraceContextTextMapPropagator()
         self._open: dict[str, Open] = {}
@@ -98,8 +99,9 @@ class Spans:
         # The SDK's own default samples as the caller's traceparent says: a client could switch its span off.
         sampler = None if "OTEL_TRACES_SAMPLER" in os.environ else ALWAYS_ON
         provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
-        return cls(provider, grace_s)
+        exporter = OTLPSpanExporter(endpoint)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider, exporter, grace_s)
 
     def begin(self, request_id: str, scope: Scope) -> Open | None:
         """None when too many are open. scope: of the HTTP request; a traceparent that is not valid is ignored"""
@@ -159,12 +161,13 @@ class Spans:
         """End what is open, and send what is queued for at most `timeout_s`. The event loop has stopped."""
         for request_id in list(self._open):
             self._finish(request_id, time.time_ns())
-        # The SDK would wait 30 s for a collector that does not answer.
+        # The SDK would wait 30 s for a collector that does not answer, and go on with what it had begun.
         closing = threading.Thread(target=self._provider.shutdown, name="midstream-spans", daemon=True)
         closing.start()
         closing.join(timeout_s)
         if closing.is_alive():
             _log.warning("the OTLP collector did not take the last spans in %g s", timeout_s)
+            self._exporter.shutdown()
 
     def _say_full(self) -> None:
         now = time.monotonic()
