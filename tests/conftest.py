@@ -15,6 +15,7 @@ for name in [k for k in os.environ if k.startswith("MIDSTREAM_")]:
     del os.environ[name]
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -49,13 +50,23 @@ from .fake_upstream import FakeUpstream
 from .star import fit_star_probe
 
 torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+hypothesis.settings.register_profile("ours", deadline=None)  # a busy machine is no bug
+hypothesis.settings.load_profile("ours")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--attack", action="store_true", help="the long attack and fault runs too")
 
 
+# Half a minute and more: they begin first (with --no-loadscope-reorder), or the end of a run waits for one of them.
+LONG = (
+    "test_retrain.py", "test_observer.py", "test_loop.py", "test_contract.py", "test_leak.py", "test_report.py",
+    "test_upstream_swap.py", "test_upstream_contract.py", "test_demo.py", "test_upstream_serve.py", "test_alerts.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not config.getoption("--attack"):
         for item in items:
             if item.get_closest_marker("attack"):

@@ -115,8 +115,9 @@ class Policed:
             asking = threading.Thread(
                 target=lambda got=got: got.append(starred(server, CHAT, stream, max_tokens=AT + 1))
             )
+            questions = len(endpoint.asked)
             asking.start()
-            endpoint.wait(len(endpoint.asked) + 1)
+            endpoint.wait(questions + 1)
             assert got == [], "nothing ends while the question is open"
             endpoint.let_go()
             asking.join(60)

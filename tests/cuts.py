@@ -11,12 +11,12 @@ from .fake_observer import proxying
 from .fake_upstream import chat_stream, chat_whole, chunked, head, json_answer
 
 TEXT = "Once upon a time there was a café."
-QUICK = Bounds(retries=0, first_s=5, read_s=1, connect_s=2, failures=1000)
+PATIENT = Bounds(retries=0, first_s=60, read_s=60, connect_s=30, failures=1000)
 
 
 @pytest.fixture(scope="module")
 def proxy(upstream):
-    with proxying(upstream.url, bounds=QUICK) as server:
+    with proxying(upstream.url, bounds=PATIENT) as server:
         yield server
 
 

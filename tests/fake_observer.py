@@ -161,8 +161,8 @@ class ProxyServer:
         return found
 
     def idle(self):
-        until(lambda: self.engine.describe()["active"] == 0)
-        return all(stream.closed for stream in self.observer.streams)
+        until(lambda: self.engine.describe()["active"] == 0 and all(s.closed for s in self.observer.streams))
+        return True
 
 
 @contextlib.contextmanager

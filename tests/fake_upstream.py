@@ -67,10 +67,11 @@ class FakeUpstream:
             asked = await self._read(reader)
             if asked is None:
                 return
+            answer = self.answer  # before anybody who waits for `asked` gives the next one
             self.asked.append(asked)
             leaving = asyncio.ensure_future(self._leaving(reader, asked))
             try:
-                await self._play(self.answer(asked), writer, leaving)
+                await self._play(answer(asked), writer, leaving)
             except ConnectionError:  # a write has found out before the reading did
                 self._left(asked)
                 raise

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .observability.debian import free_port
+from .foreign import free_port
 
 USER = "midstream"
 

@@ -54,7 +54,7 @@ class Process:
     def metric(self, name, **labels):
         """A counter by model."""
         labels = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"} | labels
-        text = httpx.get(self.url + "/metrics").text
+        text = httpx.get(self.url + "/metrics", timeout=60).text
         for sample in (s for family in text_string_to_metric_families(text) for s in family.samples):
             if sample.name == f"midstream_{name}_total" and sample.labels == labels:
                 return sample.value

@@ -166,10 +166,20 @@ def test_an_abort_stops_computing(tiny, engine_of):
 
 def test_an_abort_of_a_waiting_request_and_of_an_unknown_one(tiny, engine_of):
     engine, sink, _ = engine_of(max_sequences=1)
-    busy = ask(engine, chat(tiny, "busy"), "busy", max_tokens=200, logit_bias={tiny.tokenizer.eos_token_id: -100})
-    ask(engine, chat(tiny, "waits"), "waits")
-    engine.abort("waits")
-    engine.abort("never heard of")
+    aborted = threading.Event()
+
+    def held(*args):
+        aborted.wait(60)
+
+    handle = tiny.module.register_forward_pre_hook(held)
+    try:
+        busy = ask(engine, chat(tiny, "busy"), "busy", max_tokens=20, logit_bias={tiny.tokenizer.eos_token_id: -100})
+        ask(engine, chat(tiny, "waits"), "waits")
+        engine.abort("waits")
+        engine.abort("never heard of")
+    finally:
+        aborted.set()
+        handle.remove()
     assert answer(busy)[1] == ["length"]
     by_id = {r.request_id: r for r in sink.wait(2)}
     assert by_id["waits"].finish == "aborted" and by_id["waits"].coverage.not_computed > 0

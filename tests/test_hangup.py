@@ -110,13 +110,15 @@ def test_the_command_has_both_ports_and_takes_sighup(tiny, tiny_folder, tmp_path
             return httpx.post(process.url + "/v1/chat/completions", json=HARMFUL, headers=key, timeout=60).status_code
 
         admin = said(r"admin port on (http://127\.0\.0\.1:\d+/admin/)status")
-        statuses = [httpx.get(admin + "status", headers=h).status_code for h in (BEARER, {}, {"X-Api-Key": KEY})]
+        statuses = [
+            httpx.get(admin + "status", headers=h, timeout=60).status_code for h in (BEARER, {}, {"X-Api-Key": KEY})
+        ]
         blocked = ask()
         policy(settings.policy, "flag")
         process.process.send_signal(signal.SIGHUP)
         said(r"SIGHUP: (policy: flags\nSIGHUP: keys: 1 keys)")
         flagged = ask()
-        rows = httpx.get(admin + "audit", headers=BEARER).json()["rows"]
+        rows = httpx.get(admin + "audit", headers=BEARER, timeout=60).json()["rows"]
     finally:
         process.stop()
     assert (statuses, blocked, flagged, process.process.returncode) == ([200, 401, 401], 400, 200, 0)

@@ -199,14 +199,16 @@ def test_a_database_that_refuses_costs_exact_drops(url, fault):
 
 
 def test_where_it_is_required_traffic_is_refused_while_it_is_away(server, url):
-    settings = load_settings(log_url=url, log_required=True, log_wait_s=0.3)
+    settings = load_settings(log_url=url, log_required=True, log_wait_s=20)
     with scripted(settings) as serving:
         assert ask(serving).status_code == 200
         server.stop()
+        serving.log._wait_s = 0.3
         assert ask(serving).json()["error"]["code"] == "record"
         assert ask(serving).status_code == 503 and serving.engine.submitted == 2
         server.start()
         until(lambda: not serving.log.refuses)
+        serving.log._wait_s = 20
         assert ask(serving).status_code == 200
         assert serving.metric("records_dropped_total") == 0
     assert len(stored(url)) == 3

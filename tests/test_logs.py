@@ -196,7 +196,7 @@ class Process:
 def test_a_bug_is_logged_with_its_request_and_without_the_body(tmp_path):
     server = Process(tmp_path, ["-c", BUG])
     try:
-        answer = httpx.post(server.url + "/v1/chat/completions", content=json.dumps(FORGED))
+        answer = httpx.post(server.url + "/v1/chat/completions", content=json.dumps(FORGED), timeout=60)
         assert answer.status_code == 500
     finally:
         text = server.stop(signal.SIGINT)
@@ -236,7 +236,7 @@ def test_a_whole_server(tiny, random_probe, tmp_path):
             timeout=60,
         )
         assert asked.status_code == 200
-        refused = httpx.post(server.url + "/v1/chat/completions", json=body | {SECRET: FORGED})
+        refused = httpx.post(server.url + "/v1/chat/completions", json=body | {SECRET: FORGED}, timeout=60)
         assert refused.status_code == 400 and SECRET in refused.text  # a refusal may quote; the log may not
         for raw in (
             b"GET /%0a%7b%22level%22:%22forged%22%7d%0d%0a%c3%a9%00%1b HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -246,7 +246,7 @@ def test_a_whole_server(tiny, random_probe, tmp_path):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
                 client.sendall(raw)
                 assert client.recv(64).startswith(b"HTTP/1.1 4")
-        assert httpx.get(server.url + "/health").status_code == 200
+        assert httpx.get(server.url + "/health", timeout=60).status_code == 200
     finally:
         text = server.stop()
         collector.close()

@@ -188,7 +188,8 @@ def test_stopping_tells_whoever_waits(case):
         waits = asyncio.create_task(streams[1].read([6]))
         await asyncio.sleep(0)
         stopped = asyncio.create_task(asyncio.to_thread(observer.stop))
-        await asyncio.sleep(0.05)
+        while observer.readiness() is None:
+            await asyncio.sleep(0.005)
         session.gate.set()
         await stopped
         np.testing.assert_array_equal(await fed, rows([5], 1))  # its step had begun

@@ -225,10 +225,13 @@ def test_a_receiver_that_speaks_no_http_costs_its_notice_only(monkeypatch, answe
                     connection.recv(65536)
                     connection.sendall(answer)
 
-    threading.Thread(target=serve, daemon=True).start()
+    serving = threading.Thread(target=serve, daemon=True)
+    serving.start()
     hook = Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", 10, 1, results.append)
     hook.put({"n": 1})
     hook.put({"n": 2})
     hook.close(20)
+    listener.shutdown(socket.SHUT_RDWR)  # closing alone would leave the thread in `accept`
     listener.close()
-    assert results == ["failed", "failed"]
+    serving.join(20)
+    assert results == ["failed", "failed"] and not serving.is_alive()

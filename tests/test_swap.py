@@ -85,7 +85,7 @@ def test_a_candidate_is_read_counted_and_recorded_and_does_nothing(both):
 def test_a_candidate_that_can_not_serve_is_left_out_and_told_of(both, tiny):
     publish(tiny, both.store, 2.0, template_hash="f" * 64)
     chosen = {f"{MODEL}/hair": "v2", f"{MODEL}/hair@candidate": "v4"}
-    (both.store.overlay / "live.json").write_text(json.dumps(chosen))
+    choose(both, json.dumps(chosen))
     until(lambda: (reloads(both, "loaded"), reloads(both, "refused")) == (1, 1))
     assert live(both) == {"hair": ("v2", "block")} and "candidate hair v4 is left out" in both.said[-1]
 

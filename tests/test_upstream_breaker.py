@@ -85,13 +85,17 @@ def test_who_leaves_lets_no_other_one_try(upstream):
             await asyncio.sleep(0.01)
         return task
 
+    now = 0.0
+
     async def run():
-        far = Upstream(upstream.url, bounds=Bounds(retries=0, failures=1, pause_s=1.0))
+        nonlocal now
+        far = Upstream(upstream.url, bounds=Bounds(retries=0))
+        far._breaker = Breaker(1, 1.0, lambda: now)
         before = await sent(far)
         upstream.answer = lambda asked: DOWN
         assert await ask(far) == 503 and far.state == "open"
-        while far.state == "open":
-            await asyncio.sleep(0.01)
+        now += 1.0
+        assert far.state == "half-open"
         trial = await sent(far)
         before.cancel()
         await asyncio.wait([before])

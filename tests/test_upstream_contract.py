@@ -92,7 +92,7 @@ def start(quiet, far, tmp_path):
             proxy = ProxyServer(far.url + "/v1", observer=WholeObserver(quiet, live), live=live)
             proxy.start()
             running.callback(proxy.stop)
-            return Server(proxy.url, quiet, live, proxy.sink, lambda: proxy.idle() and far.idle())
+            return Server(proxy.url, quiet, live, proxy.sink, lambda: proxy.idle() and far.idle(), behind=far.sink)
 
         yield started
 

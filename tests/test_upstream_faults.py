@@ -51,10 +51,14 @@ def test_an_answer_in_single_bytes_is_the_same(upstream, proxy):
         assert proxy.records(response)[0].finish == "stop"
 
 
-def test_pauses_within_the_bound_change_nothing(upstream, proxy):
+def test_pauses_within_the_bound_change_nothing(upstream):
+    """Together they are longer than the bound: it is one of each read."""
     frames = chat_stream(TEXT, size=9)
-    upstream.answer = lambda asked: [2, head(), *(x for frame in frames for x in (frame[:20], 0.2, frame[20:], 0.2))]
-    response = proxy.chat(stream=True)
+    pauses = [x for frame in frames for x in (frame[:20], 0.3, frame[20:], 0.3)]
+    assert sum(x for x in pauses if isinstance(x, float)) > 3
+    upstream.answer = lambda asked: [2, head(), *pauses]
+    with proxying(upstream.url, bounds=Bounds(retries=0, first_s=20, read_s=3)) as proxy:
+        response = proxy.chat(stream=True)
     assert response.content == b"".join(frames)
 
 

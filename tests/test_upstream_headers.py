@@ -73,7 +73,7 @@ def test_a_request_that_is_no_http_is_not_the_upstreams_failure(upstream):
 def test_a_full_pool_is_not_the_upstreams_failure(upstream):
     upstream.answer = lambda asked: [HANG]
     asked = len(upstream.asked)
-    bounds = Bounds(retries=2, failures=1, pause_s=60, connections=1, connect_s=0.2)
+    bounds = Bounds(retries=2, failures=1, pause_s=60, connections=1, connect_s=2)
     with proxying(upstream.url, bounds=bounds) as proxy:
         with socket.create_connection(("127.0.0.1", proxy.port)) as client:
             client.sendall(whole(ASK))
@@ -81,5 +81,6 @@ def test_a_full_pool_is_not_the_upstreams_failure(upstream):
             response = proxy.chat()
             assert response.status_code == 503 and response.headers["retry-after"]
             assert "in use" in response.json()["error"]["message"]
+        assert proxy.idle()
         upstream.answer = lambda asked: json_answer(chat_whole("fine"))
         assert proxy.chat().status_code == 200 and len(upstream.asked) == asked + 2

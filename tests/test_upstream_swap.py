@@ -25,6 +25,7 @@ from .conftest import calibrated, make_card
 from .fake_upstream import FakeUpstream, chat_whole, json_answer
 from .star import fit_star_probe
 from .test_demo import Process
+from .web import until
 
 ADMIN, MODEL = "the-admin-key-of-this-proxy", "tiny-llama"
 
@@ -121,12 +122,18 @@ def test_other_versions_are_built_shadowed_promoted_and_rolled_back(proxy, confi
     clients = [threading.Thread(target=client, args=(seed,)) for seed in range(4)]
     for one in clients:
         one.start()
+
+    def more():
+        """Twice as many as there are clients: at least one of them was asked after this was called."""
+        n = len(answers)
+        until(lambda: len(answers) >= n + 8)
+
     promoted = admin(proxy, "probes/star/promote", version="v2")
-    time.sleep(1)
+    more()
     began = time.monotonic()
     back = admin(proxy, "probes/star/rollback")
     seconds = time.monotonic() - began
-    time.sleep(1)
+    more()
     done.set()
     for one in clients:
         one.join()

@@ -41,6 +41,8 @@ class Server:
     scorer: Scorer | None = None
     run: Callable[[Any], Any] = asyncio.run
     """Runs a coroutine where the scorer may be awaited."""
+    behind: Sink | None = None
+    """Of the engine that answers, if that is another one."""
 
     def judge(self, *text: Any) -> Record:
         return self.run(self.scorer.judge(*text))
@@ -68,6 +70,24 @@ class Server:
             assert min(places) >= 0 and sum(places) == c.prompt_tokens + c.response_tokens
             assert record.released_tokens <= c.response_scored + c.final_unscored
         return found
+
+
+def scored(server: Server) -> float:
+    """Steps of the engine that answers: still the same where nothing was asked of it."""
+    return (server.behind or server.sink).metrics.registry.get_sample_value("midstream_score_seconds_count") or 0.0
+
+
+def address(server: Server) -> tuple[str, int]:
+    url = httpx.URL(server.url)
+    assert url.port is not None
+    return url.host, url.port
+
+
+def request(server: Server, path: str, body: dict[str, Any], *headers: bytes) -> bytes:
+    """A POST as its bytes, so that a header may hold what no client library sends."""
+    raw = json.dumps({"model": server.model.name} | body).encode()
+    lines = [b"POST " + path.encode() + b" HTTP/1.1", b"Host: x", b"Content-Type: application/json", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(raw), b"", raw])
 
 
 class Reply:

@@ -113,5 +113,5 @@ class Refusals:
     @BOTH
     def test_other_methods_and_paths_do_nothing(self, calm, path):
         for method in ("GET", "PUT", "DELETE", "PATCH"):
-            assert httpx.request(method, calm.url + path).status_code == 405
+            assert httpx.request(method, calm.url + path, timeout=60).status_code == 405
         assert calm.post(path + "/more", asked(path)).status_code == 404

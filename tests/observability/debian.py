@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from tests.debian import Unavailable, unpack
+from tests.foreign import free_port
 
 PACKAGES = ("prometheus", "prometheus-alertmanager")
 NAMES = {  # Debian calls the one that would be taken otherwise by its package
@@ -61,11 +61,6 @@ def _look(path: str) -> Tools | None:
 def _from_everywhere(folder: Path) -> None:
     program = folder / "usr/bin/prometheus-alertmanager"
     program.write_bytes(program.read_bytes().replace(TEMPLATES, RELATIVE))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

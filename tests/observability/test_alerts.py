@@ -186,7 +186,8 @@ def test_harmful_intent_and_then_a_dead_monitor_wake_somebody(prometheus, monito
     assert burst["labels"]["model"].endswith("SmolLM2-135M-Instruct")
     assert burst["labels"]["severity"] == "critical"
     assert re.search(r"about [1-9]\d+ sequences", burst["annotations"]["description"])
-    assert receiver.names() == {"HarmfulIntentBurst"}
+    # ScoringSlow, which may fire beside it, speaks of how busy this machine is.
+    assert receiver.names() - {"ScoringSlow"} == {"HarmfulIntentBurst"}
 
     monitor.process.kill()
     down = receiver.wait("MonitorDown")

@@ -19,6 +19,7 @@ from deploy.grafana.dashboard import JSON_FILE
 from monitor import __version__
 from monitor.config import load_settings
 
+from ..foreign import free_port
 from . import debian
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def on_this_machine(service, folder):
 
 @pytest.mark.parametrize("name", ["prometheus", "alertmanager"])
 def test_it_starts_with_these_arguments_and_files_and_its_healthcheck_asks_what_exists(tools, tmp_path, name):
-    service, port = SERVICES[name], debian.free_port()
+    service, port = SERVICES[name], free_port()
     asked = re.sub(r":\d+/", f":{port}/", service["healthcheck"]["test"][-1])
     arguments = [*on_this_machine(service, tmp_path), f"--web.listen-address=127.0.0.1:{port}"]
     with debian.running([str(getattr(tools, name)), *arguments], asked, tmp_path / "log") as process:

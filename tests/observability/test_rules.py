@@ -13,6 +13,7 @@ from monitor.cli import app
 from monitor.config import PREFIX, Settings
 from monitor.metrics.table import TABLE, series
 
+from ..web import until
 from . import debian
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -172,9 +173,14 @@ def test_an_instance_that_nobody_watches_says_nothing_else(tools, tmp_path):
     with debian.alertmanager(tools, DEPLOY / "alertmanager/alertmanager.yml", tmp_path) as url:
         sent = [{"labels": one} for one in (down, *given.values())]
         httpx.post(url + "/api/v2/alerts", json=sent).raise_for_status()
-        kept = httpx.get(url + "/api/v2/alerts").json()
-    assert len(kept) == len(sent)
-    hidden = [alert["labels"] for alert in kept if alert["status"]["inhibitedBy"]]
+
+        def inhibited():
+            kept = httpx.get(url + "/api/v2/alerts").json()
+            assert len(kept) == len(sent)
+            return [alert["labels"] for alert in kept if alert["status"]["inhibitedBy"]]
+
+        until(lambda: len(inhibited()) >= 2)  # it inhibits a moment after it has taken them
+        hidden = inhibited()
     assert sorted(name for name, one in given.items() if one in hidden) == ["hidden", "hidden too"]
     assert len(hidden) == 2
 

@@ -4,9 +4,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ..attacks import EVERYTHING_ELSE, HARMFUL, POSITIONS, SHAPES, TOO_MANY, Shape
-from ..contract import BOTH, CHAT, STREAM, TEXT, Reply, Server, asked, forced
+from ..contract import BOTH, CHAT, STREAM, TEXT, Reply, Server, asked, forced, scored
 from ..star import FILLER, STAR, token
-from .sending import is_block, ms, sampled, scored
+from .sending import is_block, ms, sampled
 
 
 class Blocks:

@@ -1,26 +1,16 @@
 """A crowd of clients: T8, 500 at once with hostile names, and T9, streams that are cut at random."""
 
 import asyncio
-import json
 import random
 import re
 import socket
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from ..attacks import IDS
-from ..contract import CHAT, Server, asked, endless, expected, forced, prompt_reading, user
-from .sending import address, ms, sampled
-
-
-def request(server: Server, path: str, body: dict[str, Any], *headers: bytes) -> bytes:
-    """A POST as its bytes, so that a header may hold what no client library sends."""
-    raw = json.dumps({"model": server.model.name} | body).encode()
-    lines = [b"POST " + path.encode() + b" HTTP/1.1", b"Host: x", b"Content-Type: application/json", *headers]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(raw), b"", raw])
-
+from ..contract import CHAT, Server, address, asked, endless, expected, forced, prompt_reading, request, user
+from .sending import ms, sampled
 
 _OUR_ID = re.compile(rb"\r\nx-midstream-request-id: ([0-9a-f]{32})\r\n", re.IGNORECASE)
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from ..attacks import ATTEMPTS, ELSEWHERE, HARMFUL, HARMLESS, JUDGED, UPGRADES, Attempt
-from ..contract import BOTH, CHAT, JSON, TEXT, Reply, Server, asked, endless, forced, prompt_reading
-from .sending import is_block, scored, send
+from ..contract import BOTH, CHAT, JSON, TEXT, Reply, Server, asked, endless, forced, prompt_reading, scored
+from .sending import is_block, send
 
 
 class Routes:

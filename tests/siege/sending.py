@@ -6,7 +6,7 @@ import http.client
 import httpx
 import pytest
 
-from ..contract import Server
+from ..contract import Server, address
 
 
 def sampled(every: int) -> pytest.MarkDecorator:
@@ -20,11 +20,6 @@ def ms(seconds: list[float]) -> str:
     return f"p50 {ordered[len(ordered) // 2] * 1e3:.1f} ms, p99 {ordered[int(len(ordered) * 0.99)] * 1e3:.1f} ms"
 
 
-def scored(server: Server) -> float:
-    """Steps that the engine has judged: still the same where nothing was asked of it."""
-    return server.sink.metrics.registry.get_sample_value("midstream_score_seconds_count") or 0.0
-
-
 def send(server: Server, method: str, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
     """The path as it is written: httpx would tidy it."""
     connection = http.client.HTTPConnection(*address(server), timeout=60)
@@ -32,12 +27,6 @@ def send(server: Server, method: str, path: str, content: bytes, headers: dict[s
         connection.request(method, path, content, headers)
         answer = connection.getresponse()
         return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
-
-
-def address(server: Server) -> tuple[str, int]:
-    url = httpx.URL(server.url)
-    assert url.port is not None
-    return url.host, url.port
 
 
 def is_block(response: httpx.Response) -> bool:

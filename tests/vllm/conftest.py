@@ -17,6 +17,9 @@ from typing import Any
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+# Even with --enforce-eager vLLM compiles its sampler at the first request for logprobs, which stalls everybody for
+# seconds, minutes on a busy machine. The tests of compiled graphs take this away.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # vLLM would put the engines of all workers on the first core.
     cores = sorted(os.sched_getaffinity(0))
@@ -76,7 +79,11 @@ class Harness:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stack = contextlib.AsyncExitStack()
-        self.started = self.run(self._start(), 600)
+        try:
+            self.started = self.run(self._start(), 600)
+        except BaseException:
+            self._end()
+            raise
         self.judge, self.engine = self.started.judge, self.started.engine
 
     async def _start(self) -> Any:
@@ -91,6 +98,9 @@ class Harness:
 
     def stop(self) -> None:
         self.run(self._stack.aclose())
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(20)
 
@@ -152,7 +162,7 @@ class VllmServer:
         )
         self.url = ""
 
-    def wait(self, timeout_s: float = 400) -> None:
+    def wait(self, timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             found = [line for line in self.log().splitlines() if "midstream ready" in line]
@@ -170,9 +180,11 @@ class VllmServer:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self._log.close()
-        return code
+        try:
+            return self.process.wait(120)
+        finally:
+            self.process.kill()
+            self._log.close()
 
     def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> httpx.Response:
         return httpx.post(self.url + path, json={"model": self.model.name} | body, timeout=120, **kwargs)

@@ -105,7 +105,8 @@ class Routes:
         for first, last, status in (("false", "true", 400), ("true", "false", 200)):
             raw = f'{{"model": {model}, "messages": [{{"role": "user", "content": "go"}}], "max_tokens": 3, '
             raw += f'"use_beam_search": {first}, "use_beam_search": {last}}}'
-            response = httpx.post(web.url + CHAT, content=raw.encode(), headers={"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            response = httpx.post(web.url + CHAT, content=raw.encode(), headers=headers, timeout=60)
             assert response.status_code == status
         assert works(web)
 

@@ -1,7 +1,6 @@
 """Under torch.compile: the tap is in the graph, and one compile cache serves whatever weights are loaded."""
 
 import asyncio
-import os
 
 import numpy as np
 import pytest
@@ -27,13 +26,10 @@ COMPILED = [*COMMON, *CHUNKED]
 def cache(tmp_path_factory):
     """A compile cache of its own, that a plain vLLM without the tap has filled first."""
     folder = tmp_path_factory.mktemp("compile-cache")
-    before = os.environ.get("VLLM_CACHE_ROOT")
-    os.environ["VLLM_CACHE_ROOT"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["VLLM_CACHE_ROOT"]
-    else:
-        os.environ["VLLM_CACHE_ROOT"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(folder))
+        patch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+        yield folder
 
 
 def start_plain(plan):

@@ -120,5 +120,5 @@ def test_when_the_engine_dies_nothing_more_is_said_and_the_server_is_not_ready(w
     assert responses[False].status_code == 503
     assert responses[True].status_code == 503 or '"error"' in responses[True].text
     assert "[DONE]" not in responses[True].text and '"length"' not in responses[True].text
-    assert httpx.get(web.url + "/ready").status_code == 503
+    assert httpx.get(web.url + "/ready", timeout=60).status_code == 503
     assert [r.finish for r in web.sink.records[-2:]] == ["engine_error"] * 2

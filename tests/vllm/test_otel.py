@@ -40,7 +40,7 @@ def test_one_trace_of_the_caller_us_and_vllm(server, collector):
     body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 5, "n": 2}
     answer = server.post("/v1/chat/completions?key=" + SECRET, body, headers=headers)
     assert answer.status_code == 200
-    httpx.post(f"{server.url}/{SECRET}%0A", json={})
+    httpx.post(f"{server.url}/{SECRET}%0A", json={}, timeout=60)
     identity = answer.headers["x-midstream-request-id"]
     assert server.stop() == 0
     span, said = collector.of(identity)

@@ -1,5 +1,6 @@
 """`midstream serve --engine vllm` as a process: ready, asked, shown, drained, and what it says when its engine dies."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ def children(pid):
 
 def test_ready_asked_shown_drained(server, tiny, tmp_path):
     server.wait()
-    assert httpx.get(server.url + "/ready").json() == {"status": "ready", "engine": "vllm"}
+    assert httpx.get(server.url + "/ready", timeout=60).json() == {"status": "ready", "engine": "vllm"}
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     answer = server.post("/v1/chat/completions", body)
     assert answer.status_code == 200
@@ -60,14 +61,15 @@ def test_ready_asked_shown_drained(server, tiny, tmp_path):
     assert server.metric("vllm:request_success_total") >= 1
     # A request under way at the signal is answered to its end.
     late = []
-    long = body | {"max_tokens": 300, "ignore_eos": True}
+    long = body | {"max_tokens": 800, "ignore_eos": True}
     asking = threading.Thread(target=lambda: late.append(server.post("/v1/chat/completions", long)))
     asking.start()
     while server.metric("midstream_active_sequences") < 1:
+        assert asking.is_alive()
         time.sleep(0.05)
     assert server.stop() == 0
     asking.join(60)
-    assert late[0].status_code == 200 and late[0].json()["usage"]["completion_tokens"] == 300
+    assert late[0].status_code == 200 and late[0].json()["usage"]["completion_tokens"] == 800
     assert server.record(late[0].headers["x-midstream-request-id"])[0]["finish"] == "length"
     # The first was read again, which left no record of its own; the last came too late for that.
     kept = [f for f in read_features(tmp_path / "features") if f.request_id == request_id]
@@ -89,14 +91,16 @@ def test_a_dead_engine_ends_the_server_with_its_own_exit_code(server):
             answer.append(response.headers["x-midstream-request-id"])
             answer.append(response.read().decode())
 
+    workers = children(server.process.pid)
+    assert len(workers) >= 2
     asking = threading.Thread(target=ask)
     asking.start()
     while not answer:
+        assert asking.is_alive()
         time.sleep(0.05)
-    workers = children(server.process.pid)
-    assert len(workers) >= 2
     for pid in workers:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended with the one before
+            os.kill(pid, signal.SIGKILL)
     asking.join(60)
     assert server.process.wait(60) == 3
     (record,) = server.record(answer[0])
@@ -113,9 +117,11 @@ def test_a_dead_engine_ends_the_server_with_its_own_exit_code(server):
 )
 def test_what_is_not_supported_is_refused_in_a_sentence(tiny, random_probe, tmp_path, arguments, says):
     server = VllmServer(tmp_path, tiny, [(random_probe, {})], [*EAGER, *arguments])
-    assert server.process.wait(120) == 2
-    last = server.log().strip().splitlines()[-1]
-    server.stop()
+    try:
+        assert server.process.wait(600) == 2
+        last = server.log().strip().splitlines()[-1]
+    finally:
+        server.stop()
     assert says in last and "Traceback" not in server_log(tmp_path)
 
 
