@@ -27,7 +27,7 @@ from training.texts import Reader
 
 from .test_demo import Process
 from .traffic_made import MODEL, NAME, World, texts
-from .web import until
+from .web import until_more
 
 ADMIN, ROWS = "the-admin-key-of-this-loop", Path(__file__).parents[1].parent / "shared/data/toxicchat_train.jsonl"
 KEYS = [f"tenant-{i}" for i in range(25)]
@@ -114,23 +114,18 @@ class Loop:
         clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
         for one in clients:
             one.start()
-        self._more(answers)
+        until_more(answers, len(clients))
         promoted = self.admin("POST", f"probes/{probe}/promote", {"version": version})
-        self._more(answers)
+        until_more(answers, len(clients))
         began = time.monotonic()
         back = self.admin("POST", f"probes/{probe}/rollback", {})
         seconds = time.monotonic() - began
-        self._more(answers)
+        until_more(answers, len(clients))
         done.set()
         for one in clients:
             one.join()
         assert (promoted["live"], back["live"]) == (version, promoted["previous"])
         return answers, seconds
-
-    def _more(self, answers):
-        """Twice as many as there are clients: at least one of them was asked after this was called."""
-        n = len(answers)
-        until(lambda: len(answers) >= n + 8, 120)
 
     def records(self, answers):
         self.settle()

@@ -25,7 +25,7 @@ from .conftest import calibrated, make_card
 from .fake_upstream import FakeUpstream, chat_whole, json_answer
 from .star import fit_star_probe
 from .test_demo import Process
-from .web import until
+from .web import until_more
 
 ADMIN, MODEL = "the-admin-key-of-this-proxy", "tiny-llama"
 
@@ -122,18 +122,12 @@ def test_other_versions_are_built_shadowed_promoted_and_rolled_back(proxy, confi
     clients = [threading.Thread(target=client, args=(seed,)) for seed in range(4)]
     for one in clients:
         one.start()
-
-    def more():
-        """Twice as many as there are clients: at least one of them was asked after this was called."""
-        n = len(answers)
-        until(lambda: len(answers) >= n + 8)
-
     promoted = admin(proxy, "probes/star/promote", version="v2")
-    more()
+    until_more(answers, len(clients))
     began = time.monotonic()
     back = admin(proxy, "probes/star/rollback")
     seconds = time.monotonic() - began
-    more()
+    until_more(answers, len(clients))
     done.set()
     for one in clients:
         one.join()

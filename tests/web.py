@@ -53,6 +53,12 @@ def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
         time.sleep(0.01)
 
 
+def until_more(answers: Sequence[Any], clients: int) -> None:
+    """Twice as many more as there are clients: at least one of them was asked after this was called."""
+    n = len(answers) + 2 * clients
+    until(lambda: len(answers) >= n, 120)
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
