@@ -24,8 +24,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def foreign(command, port, folder, **environment):
-    """Its URL, once its /health answers. The command is ended afterwards."""
+def foreign(command, port, folder, answers="/health", **environment):
+    """Its URL, once its path `answers` is there. The command is ended afterwards."""
     log, url = folder / "log", f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment)
@@ -33,7 +33,7 @@ def foreign(command, port, folder, **environment):
             deadline = time.monotonic() + 900
             while True:
                 with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}/health").status_code == 200:
+                    if httpx.get(f"{url}{answers}").status_code == 200:
                         break
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
                 time.sleep(0.2)
