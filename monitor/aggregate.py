@@ -1,8 +1,9 @@
 """Token scores -> one value per probe: of a whole turn (`aggregate`), or token by token (`Running`).
 
 Kinds for one score a token: `last`, `mean`, `max`, `ema` (the maximum of a bias-corrected moving average),
-`window_mean_max` (the maximum of sliding means). For several, side by side: those of monitor.heads. Sources: PROBES 9.6
-for ema (a = 2 / (M + 1) has the centre of mass of a window of M).
+`window_mean_max` (the maximum of sliding means). For several, side by side: those of monitor.heads. Beside `mean_last`,
+which has a projection for the last token, in the other phase, these read the first projection alone: an answer that is
+not over has no last token. Sources: PROBES 9.6 for ema (a = 2 / (M + 1) has the centre of mass of a window of M).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Aggregation:
 
     def check(self, k: int) -> None:
         """raises: ValueError if it can't make one value of k scores a token"""
-        if not (takes(self.kind, k) if self.kind in HEAD_KINDS else k == 1):
+        if not (takes(self.kind, k) if self.kind in HEAD_KINDS else k in (1, 2)):
             raise ValueError(f"aggregation {self.kind!r} can't be had from {k} projections")
 
     def first_value(self, k: int) -> int:
@@ -154,6 +155,8 @@ def aggregate(how: Aggregation, scores: npt.ArrayLike) -> float:
         return math.nan
     if how.kind in HEAD_KINDS:
         return whole(how.kind, how.window, values.reshape(len(values), -1))
+    if values.ndim == 2:
+        values = values[:, 0]
     if how.kind == "last":
         return float(values[-1])
     if how.kind == "mean":
@@ -179,5 +182,10 @@ def _highest_average(decay: float, scores: list[float]) -> float:
 
 def token_scores(how: Aggregation, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(n,): what is shown of each token, the value of a turn of that token alone. One score a token is it; of several
-    it is the sum of those that are values. scores: (n,) or (n, k) logits, NaN where one is missing"""
-    return scores if scores.ndim == 1 else scores[:, how.first_value(scores.shape[1]) :].sum(axis=1)
+    it is the sum of those that are values. Of `mean_last` it is what is averaged: what a token would be as the last one
+    says nothing of it. scores: (n,) or (n, k) logits, NaN where one is missing"""
+    if scores.ndim == 1:
+        return scores
+    if how.kind == "mean_last" or how.kind in PLAIN_KINDS:
+        return scores[:, 0]
+    return scores[:, how.first_value(scores.shape[1]) :].sum(axis=1)

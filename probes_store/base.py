@@ -2,7 +2,8 @@
 
 Enough to fit it again with new rows when the old ones are gone, and to say how far live features lie from them. A row
 is what training pools: the mean of the residual stream over the counted positions of the turn that its label is about.
-Weights of rows are not in it: every row counts once.
+Weights of rows are not in it: every row counts once. Of a probe that also reads a turn's last token it has the
+plane, too, that the same fit finds in the means alone: that is what retraining goes on from.
 """
 
 from __future__ import annotations
@@ -25,20 +26,30 @@ from probes_store.store import BASE, StoredProbe, read_file
 LABELS = (0, 1)
 Cell = tuple[int, int]
 """Layer and label."""
+Plane = tuple[npt.NDArray[np.float64], float]
+"""(n_layers * d_model,) weight, layers side by side in ascending order, and bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """cells: moments, float64 in memory, float32 in the file, for each layer and both labels
+    plane: (n_layers * d_model,) weight and bias over the means, of a probe that reads more than those; None of others
 
     Layers are kept apart: how features of two layers vary together is not in it.
     """
 
     d_model: int
     cells: Mapping[Cell, Moments]
+    plane: Plane | None = None
 
     @classmethod
-    def of(cls, features: npt.NDArray[Any], layers: Sequence[int], labels: npt.NDArray[np.int64]) -> Base:
+    def of(
+        cls,
+        features: npt.NDArray[Any],
+        layers: Sequence[int],
+        labels: npt.NDArray[np.int64],
+        plane: Plane | None = None,
+    ) -> Base:
         """features: (n, len(layers), d_model), finite, any float dtype; labels: (n,), 0 or 1; a label may be missing
 
         raises: ValueError for other shapes or a row that is not finite
@@ -53,7 +64,7 @@ class Base:
             rows = features[labels == label]
             for column, layer in enumerate(layers):
                 cells[layer, label] = Moments.of(rows[:, column]) if len(rows) else Moments.none(d)
-        return cls(d, cells)
+        return cls(d, cells, plane)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -63,7 +74,7 @@ class Base:
         return self.cells[self.layers[0], label].n
 
     def __add__(self, other: Base) -> Base:
-        """Of the rows of both. raises: ValueError for other layers or another width"""
+        """Of the rows of both; neither's plane is theirs. raises: ValueError for other layers or another width"""
         if (self.layers, self.d_model) != (other.layers, other.d_model):
             raise ValueError(f"bases of layers {self.layers} and {other.layers} can't be merged")
         return Base(self.d_model, {cell: m + other.cells[cell] for cell, m in self.cells.items()})
@@ -76,6 +87,9 @@ class Base:
             tensors[f"n.{layer}.{label}"] = np.array([moments.n], np.float32)
             tensors[f"mean.{layer}.{label}"] = moments.mean.astype(np.float32)
             tensors[f"scatter.{layer}.{label}"] = moments.scatter[triangle].astype(np.float32)
+        if self.plane is not None:
+            weight, bias = self.plane
+            tensors["plane.weight"], tensors["plane.bias"] = weight.astype(np.float32), np.array([bias], np.float32)
         data: bytes = save_tensors(tensors, {"schema": "midstream-base/1"})
         return data
 
@@ -97,11 +111,16 @@ def load_base(probe: StoredProbe) -> Base | None:
     shapes = {"n": (1,), "mean": (d,), "scatter": (d * (d + 1) // 2,)}
     cells = [(layer, label) for layer in card.layers for label in LABELS]
     expected = {f"{name}.{layer}.{label}": shape for layer, label in cells for name, shape in shapes.items()}
+    if "plane.weight" in tensors:
+        expected |= {"plane.weight": (len(card.layers) * d,), "plane.bias": (1,)}
     if {name: t.shape for name, t in tensors.items()} != expected:
         raise ProbeInvalid(f"{path} does not hold what its card's layers and width need; publish the probe again")
     if not all(t.dtype == np.float32 and bool(np.isfinite(t).all()) for t in tensors.values()):
         raise ProbeInvalid(f"{path} holds a number that is not finite float32; publish the probe again")
-    return Base(d, {(layer, label): _moments(tensors, f"{layer}.{label}", d) for layer, label in cells})
+    plane = None
+    if "plane.weight" in tensors:
+        plane = tensors["plane.weight"].astype(np.float64), float(tensors["plane.bias"][0])
+    return Base(d, {(layer, label): _moments(tensors, f"{layer}.{label}", d) for layer, label in cells}, plane)
 
 
 def _moments(tensors: Mapping[str, npt.NDArray[Any]], cell: str, d: int) -> Moments:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from monitor.aggregate import Aggregation
+from monitor.aggregate import PLAIN_KINDS, Aggregation
 from probes_store.calibration import Calibration
 
 SCHEMA_VERSION = 1
@@ -119,6 +119,16 @@ class Card(_Part):
     """Of base.safetensors, the moments of its training rows. Older probes have none."""
 
     @property
+    def blocks(self) -> str:
+        """Its layers as a table shows them: `15`, `13,17`, and in a row `11-13`, or `11-19/2` for every
+        second one."""
+        first, last, n = self.layers[0], self.layers[-1], len(self.layers)
+        step = (last - first) // (n - 1) if n > 2 else 0
+        if step > 0 and self.layers == tuple(range(first, last + 1, step)):
+            return f"{first}-{last}" + (f"/{step}" if step > 1 else "")
+        return ",".join(map(str, self.layers))
+
+    @property
     def retrained(self) -> dict[str, Any]:
         """What it was made of, if it went on from another version with labels of traffic; else empty."""
         found = self.fit.get("retrained")
@@ -145,6 +155,9 @@ class Card(_Part):
             raise ValueError("aggregation must say how `prompt` and `response` are aggregated")
         for how in self.aggregation.values():
             how.check(self.projections)
+        kinds = {how.kind for how in self.aggregation.values()}
+        if self.projections > 1 and kinds & set(PLAIN_KINDS) and "mean_last" not in kinds:
+            raise ValueError(f"{self.projections} projections need an aggregation that reads them, not {sorted(kinds)}")
         if len({how.first_value(self.projections) for how in self.aggregation.values()}) > 1:
             raise ValueError("the aggregations of `prompt` and `response` take different projections for values")
         if any(len(canary.scores) % self.projections for canary in self.canaries):

@@ -32,6 +32,13 @@ def test_it_comes_back_as_float32_and_the_same_rows_give_the_same_bytes(tmp_path
     assert Base.of(X, (LAYER,), Y).dump() == base.dump() == found.dump()
 
 
+def test_a_plane_over_the_means_comes_back_and_is_not_that_of_more_rows(tmp_path):
+    base = Base.of(X, (LAYER,), Y, (np.arange(D) / 7, -0.5))
+    weight, bias = load_base(publish(tmp_path, base.dump())).plane
+    np.testing.assert_allclose(weight, np.arange(D) / 7, rtol=1e-6)
+    assert bias == -0.5 and (base + Base.of(X, (LAYER,), Y)).plane is None
+
+
 def test_bases_merge_to_that_of_all_rows(tmp_path):
     whole = Base.of(X[:7], (LAYER,), Y[:7]) + Base.of(X[7:], (LAYER,), Y[7:])
     for cell, wanted in Base.of(X, (LAYER,), Y).cells.items():
@@ -66,7 +73,14 @@ def test_what_the_card_does_not_vouch_for_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"junk", Base.of(X, (LAYER + 1,), Y).dump(), Base.of(X, (LAYER,), Y + 0).dump()[:-8]]
+    "data",
+    [
+        b"",
+        b"junk",
+        Base.of(X, (LAYER + 1,), Y).dump(),
+        Base.of(X, (LAYER,), Y + 0).dump()[:-8],
+        Base.of(X, (LAYER,), Y, (np.zeros(D + 1), 0.0)).dump(),
+    ],
 )
 def test_another_file_is_refused_even_if_its_hash_is_right(tmp_path, data):
     with pytest.raises(ProbeInvalid, match=r"publish the probe again|not a safetensors"):

@@ -19,6 +19,7 @@ from training.forms import LONGEST, reformed
 from training.lint import lint
 from training.recipe import Recipe, gather
 from training.report.scores import Judge, score_prompts
+from training.retrain.candidate import start_of
 from training.run import train
 from training.transforms import TRANSFORMS, transformed
 
@@ -79,10 +80,9 @@ def test_copies_are_fitted_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"prompt": {"kind": "mean_last"}}, "aggregation 'ema' can't be had from 2"),
         ({"prompt": {"kind": "multimax"}}, "multimax is a head's way"),
+        ({"response": {"kind": "attention"}}, "attention is a head's way"),
     ],
-    ids=["one phase only", "a head"],
 )
 def test_a_recipe_that_no_probe_can_be_made_of_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
@@ -100,13 +100,21 @@ def test_a_probe_of_mean_and_last_is_served_as_it_was_fitted(tiny, tiny_folder, 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "recipe.yaml").write_text(
         "sources: [{file: rows.jsonl, calibrate: 0.3, test: 0.3}]\nlayers: [1, 2]\nsolver: logistic\nphases: [prompt]\n"
-        "prompt: {kind: mean_last}\nresponse: {kind: mean_last}\n"
+        "prompt: {kind: mean_last}\nresponse: {kind: ema}\n"
     )
     settings = load_settings(model=str(tiny_folder), store=tmp_path / "store")
     train(settings, "end", [tmp_path], None, 1, 0, tmp_path / "recipe.yaml")
     stored = Store(settings.store).load("tiny-llama", "end", "v1")
     assert stored.card.projections == 2 and {w.shape for w in stored.weight.values()} == {(2, tiny.d_model)}
-    assert load_base(stored).layers == (1, 2), "the base is of the means alone"
+    base = load_base(stored)
+    assert base.layers == (1, 2), "the base is of the means alone"
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("mean_last", "mean"))
+    train(settings, "means", [tmp_path], None, 1, 0, tmp_path / "recipe.yaml")
+    means = Store(settings.store).load("tiny-llama", "means", "v1")
+    # What retraining goes on from, as features of traffic are means: the plane that is fitted to these alone.
+    start = start_of(stored, np.zeros((0, 2 * tiny.d_model)))
+    np.testing.assert_allclose(start.weight, np.concatenate([means.weight[layer] for layer in (1, 2)]), rtol=1e-5)
+    assert start.known and start.bias == pytest.approx(means.bias, rel=1e-5) and load_base(means).plane is None
     how = stored.card.aggregation
     judge = Judge(tiny, ProbeWeights("end", stored.weight, stored.bias), how["prompt"], how["response"])
     texts = [r["text"] for r in rows[:20]]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitor.aggregate import Aggregation, Running, aggregate, token_scores
+from monitor.aggregate import PLAIN_KINDS, Aggregation, Running, aggregate, token_scores
 from monitor.engines.embedded.harvest import prompt_values
 from monitor.engines.embedded.scorer import EmbeddedScorer
 from monitor.errors import ProbeMismatch
@@ -92,8 +92,8 @@ def test_no_score_is_not_a_value_and_what_does_not_fit_is_refused(kind):
     for k in wrong:
         with pytest.raises(ValueError, match=f"'{kind}' can't be had from {k} projections"):
             Rule("p", "v1", 0, Phase.PROMPT, Mode.SHADOW, None, how, "open", n_columns=k)
-    with pytest.raises(ValueError, match="'ema' can't be had from 2 projections"):
-        Rule("p", "v1", 0, Phase.PROMPT, Mode.SHADOW, None, Aggregation("ema"), "open", n_columns=2)
+    with pytest.raises(ValueError, match="'ema' can't be had from 3 projections"):
+        Rule("p", "v1", 0, Phase.PROMPT, Mode.SHADOW, None, Aggregation("ema"), "open", n_columns=3)
 
 
 def test_the_rolling_mean_forgets_what_left_its_window_and_starts_with_a_full_one():
@@ -108,13 +108,28 @@ def test_the_rolling_mean_forgets_what_left_its_window_and_starts_with_a_full_on
 
 
 @settings(deadline=None, max_examples=100)
+@given(st.sampled_from(PLAIN_KINDS), st.lists(st.tuples(*[st.floats(-50, 50, width=32)] * 2), min_size=1, max_size=30))
+def test_beside_a_last_token_the_others_read_the_first_projection_alone(kind, rows):
+    how, first = Aggregation(kind, window=4), [row[0] for row in rows]
+    assert aggregate(how, rows) == aggregate(how, first)
+    assert token_scores(how, np.array(rows, np.float32)).tolist() == np.array(first, np.float32).tolist()
+    both, alone = Running([(how, 0, 2)]), Running([(how, 0, 1)])
+    for row in rows:
+        both.add(list(row))
+        alone.add([row[0]])
+        assert (both.values, both.highest) == (alone.values, alone.highest)
+
+
+@settings(deadline=None, max_examples=100)
 @given(turns())
 def test_a_token_is_shown_as_the_value_of_a_turn_of_it_alone(turn):
     how, rows = turn
     shown = token_scores(how, np.array(rows, dtype=np.float32))
     assert shown.shape == (len(rows),)
     for score, row in zip(shown, rows, strict=True):
-        assert score == pytest.approx(aggregate(how, [row]), rel=1e-4, abs=1e-4)
+        # What is averaged, of a kind whose last token counts apart.
+        wanted = row[0] if how.kind == "mean_last" else aggregate(how, [row])
+        assert score == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 
 # --- in a Watch -------------------------------------------------------------------------------------------------------

@@ -36,6 +36,14 @@ def test_publish_takes_the_next_free_version_and_changes_no_other(store, folder)
     assert (probe.card.version, probe.bias, probe.weight[LAYER].tolist()) == ("v2", 1.5, [0.5] * D)
 
 
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [((15,), "15"), ((13, 17), "13,17"), ((3, 4, 5), "3-5"), ((11, 13, 15, 17, 19), "11-19/2"), ((1, 2, 4), "1,2,4")],
+)
+def test_a_table_shows_layers_in_short(layers, blocks):
+    assert make_card(layers=layers).blocks == blocks
+
+
 # --- several projections ----------------------------------------------------------------------------------------------
 
 
@@ -85,6 +93,7 @@ def test_another_number_of_projections_than_the_card_says_is_refused(store, k):
         ({"k": 3}, "'attention' can't be had from 3 projections"),
         ({"k": 3, "kind": "mean_last"}, "'mean_last' can't be had from 3 projections"),
         ({"kind": "ema"}, "'ema' can't be had from 4 projections"),
+        ({"k": 2, "kind": "ema"}, "2 projections need an aggregation that reads them"),
         ({"canaries": (Canary(text="x", scores=(0.0,) * 6),)}, "4 scores for each token"),
         (
             {"aggregation": {"prompt": Aggregation("attention"), "response": Aggregation("multimax")}},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeWeights
-from probes_store.base import Base
+from probes_store.base import Base, Plane
 from training.data import Row
 from training.evaluate import separation
 from training.fit import Array, Fitted
@@ -48,13 +48,14 @@ class Fitting:
             found, means = self._head(self._recipe.head, rows, y, weights, held_out)
         else:
             found, means, together = self._linear(rows, y, weights, held_out)
-        base = Base.of(means.reshape(len(rows), len(self._layers), -1), self._layers, y)
+        means = means.reshape(len(rows), len(self._layers), -1)
         truth = np.array([r.label for r in held_out])
         best, metrics = found[0][0], dict[str, Any](held_out={})
         if len(set(truth.tolist())) == 2:
             scored = {c.method: separation(v[truth == 1].tolist(), v[truth == 0].tolist()) for c, v in found}
             best = max((c for c, _ in found), key=lambda c: scored[c.method]["auroc"])
             metrics = {"held_out": scored, "chosen": best.method}
+        base = Base.of(means, self._layers, y, self._plane(best, means, y, weights, rows))
         if self._recipe.left_out and isinstance(best, Fitted) and together is not None:
             metrics["left_out"] = self._left_out(best, together, [r.group for r in rows])
         return best, metrics, base
@@ -99,6 +100,18 @@ class Fitting:
                 fits = candidates(recipe, together, lambda n: ticks(n, tick))
         return [(c, c.logits(x_test)) for c in fits], pooled[:, 0], together
 
+    def _plane(
+        self, best: Fitted | FittedHead, means: Array, y: Labels, weights: Array, rows: Sequence[Row]
+    ) -> Plane | None:
+        """What the same method finds in the means alone, for a probe that is more than a plane over these."""
+        if isinstance(best, FittedHead) or self._recipe.projections == 1:
+            return None
+        keys = [r.key or r.source for r in rows]
+        with self._console.status("the same fit on the means alone, to retrain from …"):
+            fits = candidates(self._recipe, Rows(means.reshape(len(rows), -1), y, weights, keys))
+        (same,) = (fit for fit in fits if fit.method == best.method)
+        return same.weight, same.bias
+
     def _left_out(self, fitted: Fitted, rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
         try:
             with self._console.status("the same fit without each data set …"):
@@ -118,13 +131,15 @@ class Fitting:
 
     def _features(self, rows: Sequence[Row], running: dict[int, Running] | None = None) -> Array:
         """(n, projections, n_layers, d_model): the mean over the counted positions of the turn that a label is about,
-        and for a second projection the last of them. running: filled with what `fit_peaks` takes, by row"""
+        and for a second projection the last of them, 0 where it is not served. running: filled with what `fit_peaks`
+        takes, by row"""
         d_model = self._reader.model.d_model
         out = np.zeros((len(rows), self._recipe.projections, len(self._layers), d_model))
         for index, turn in self._turns(rows):
             for column, layer in enumerate(self._layers):
                 out[index, 0, column] = turn[layer].mean(0).double().numpy()
-                out[index, 1:, column] = turn[layer][-1].double().numpy()
+                if not rows[index].answer or self._recipe.response.kind == "mean_last":
+                    out[index, 1:, column] = turn[layer][-1].double().numpy()
             if running is not None:
                 stream = self._beside(turn)
                 # Nothing comes after a last token, so a server never scores it.

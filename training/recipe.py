@@ -150,7 +150,8 @@ class Recipe(_Part):
 
     @property
     def projections(self) -> int:
-        """Scores a token, without a head: of `mean_last` one whose mean is taken, and one of the last position."""
+        """Scores a token, without a head: of `mean_last` one whose mean is taken, and one of the last position, which
+        the other phase need not read."""
         return 2 if "mean_last" in (self.prompt.kind, self.response.kind) else 1
 
     @model_validator(mode="after")

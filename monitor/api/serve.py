@@ -139,15 +139,15 @@ def embedded(engine: EmbeddedEngine, model: ServedModel) -> Serving:
 def summary(name: str, dtype: str, live: LiveProbes, off: float) -> Table:
     """What the server prints when it is ready."""
     table = Table(title=f"{name} · {dtype} · self-test within {off:.1g}")
-    for column in ("probe", "version", "layer", "route", "prompt", "response"):
+    for column in ("probe", "layers", "route", "prompt", "response"):
         table.add_column(column)
     for probe in live.probes:
-        layers = ",".join(map(str, probe.card.layers))
+        named, blocks = f"{probe.name} {probe.card.version}", probe.card.blocks
         routes = {_ROUTES[form]: _modes(live, form, probe.name) for form in live.rules}
         if len(set(routes.values())) == 1:
             routes = {"all": routes["chat"]}
         for route, cells in routes.items():
-            table.add_row(probe.name, probe.card.version, layers, route, *cells)
+            table.add_row(named, blocks, route, *cells)
     return table
 
 

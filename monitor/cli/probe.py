@@ -45,31 +45,33 @@ def list_probes(model: Model = None, config: Config = None, store: StoreFolder =
     if not names:
         raise ConfigInvalid(f"there is no probe for model {slug!r}; train one: midstream train with the same --model")
     found = [
-        {
-            "probe": name,
-            "version": version,
-            "live": live.get(name) == version,
-            "layers": list(stored.card.layers),
-            "created": stored.card.created,
-            "shipped": stored.shipped,
-        }
+        (shelf.load(slug, name, version), live.get(name) == version)
         for name in names
         for version in shelf.versions(slug, name)
-        for stored in [shelf.load(slug, name, version)]
     ]
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps([_listed(stored, is_live) for stored, is_live in found]))
         return
     table = Table()
     for column in ("probe", "version", "live", "layers", "created", "from"):
         table.add_column(column)
-    for f in found:
-        origin = "shipped" if f["shipped"] else "yours"
-        layers = ",".join(map(str, f["layers"])) if isinstance(f["layers"], list) else ""
-        table.add_row(
-            str(f["probe"]), str(f["version"]), "live" if f["live"] else "", layers, str(f["created"]), origin
-        )
+    for stored, is_live in found:
+        card, origin = stored.card, "shipped" if stored.shipped else "yours"
+        created = card.created[:16].replace("T", " ")  # whole, it would be cut in 80 columns
+        table.add_row(card.name, card.version, "live" if is_live else "", card.blocks, created, origin)
     Console().print(table)
+
+
+def _listed(stored: StoredProbe, is_live: bool) -> dict[str, Any]:
+    card = stored.card
+    return {
+        "probe": card.name,
+        "version": card.version,
+        "live": is_live,
+        "layers": list(card.layers),
+        "created": card.created,
+        "shipped": stored.shipped,
+    }
 
 
 @app.command()

@@ -1,5 +1,5 @@
 """vLLM monitored against plain vLLM, in alternation in one go. CAP_S=seconds for each comparison (default 240);
-PROBES=64 makes only the comparison with 64 probes.
+PROBES=64 makes only the comparison with 64 probes, BLOCKS=5 that with one probe over five blocks.
 
 Both engines are up at once; while one works the other waits. Where an engine's memory comes to lie moves its speed by
 more than the tap does, so the main comparison is made twice, with fresh engines started in either order. Throughput at
@@ -33,9 +33,11 @@ from tests.vllm.conftest import Harness, make_plan
 
 CAP_S = float(os.environ.get("CAP_S", "240"))
 STREAMS, TOKENS = 32, 48
-ROUNDS = ((8, False), (8, True), (1, False), (64, True))  # probes, whether the monitored engine starts first
-if "PROBES" in os.environ:
-    ROUNDS = tuple(r for r in ROUNDS if r[0] == int(os.environ["PROBES"]))
+# Probes, blocks that each reads, whether the monitored engine starts first.
+ROUNDS = ((8, 1, False), (8, 1, True), (1, 1, False), (64, 1, True), (1, 5, True))
+for place, name in enumerate(("PROBES", "BLOCKS")):
+    if name in os.environ:
+        ROUNDS = tuple(r for r in ROUNDS if r[place] == int(os.environ[name]))
 ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "64", "--no-enable-prefix-caching", *sys.argv[1:]]
 
 
@@ -49,12 +51,13 @@ class Plain(Harness):
         return type("Started", (), {"engine": engine, "judge": None})
 
 
-def plan_with(model, n_probes):
+def plan_with(model, n_probes, n_blocks):
     torch.manual_seed(0)
-    layer = model.n_layers // 2
+    first = model.n_layers // 2 - (n_blocks - 1)
+    blocks = range(first, first + 2 * n_blocks, 2)
     # The first takes the shipped probe's place, so that there are as many as said.
     names = ["harmful-intent", *(f"p{i}" for i in range(1, n_probes))]
-    probes = [ProbeWeights(name, {layer: torch.randn(model.d_model) / 24}, 0.0) for name in names]
+    probes = [ProbeWeights(name, {b: torch.randn(model.d_model) / 24 for b in blocks}, 0.0) for name in names]
     changes = {"calibration": calibrated(1e6, n=4000)}
     folder = Path(tempfile.mkdtemp())
     Store(folder).publish(make_card(model, probes[0], **changes), probes[0].weight, probes[0].bias)
@@ -163,18 +166,19 @@ def second_pass(plain, model):
 def main():
     model = load_model(DEMO_MODEL, cache=cache_dir())
     say(f"{model.name}, float32, vLLM {' '.join(ARGUMENTS)}; at most {CAP_S:.0f} s a comparison")
-    for n_probes, ours_first in ROUNDS:
+    for n_probes, n_blocks, ours_first in ROUNDS:
         kinds = [Harness, Plain] if ours_first else [Plain, Harness]
         with ExitStack() as stack:
             started = {}
             for kind in kinds:
-                started[kind] = kind(plan_with(model, n_probes))
+                started[kind] = kind(plan_with(model, n_probes, n_blocks))
                 stack.callback(started[kind].stop)
             ours, plain = started[Harness], started[Plain]
-            say(f"-- {n_probes} probes, {'monitored' if ours_first else 'plain'} engine started first")
+            first = "monitored" if ours_first else "plain"
+            say(f"-- {n_probes} probes over {n_blocks} blocks each, {first} engine started first")
             compare(plain, ours, model, n_probes)
             tap_cost(ours, model, n_probes)
-            if (n_probes, ours_first) == ROUNDS[-1]:
+            if (n_probes, n_blocks, ours_first) == ROUNDS[-1]:
                 second_pass(plain, model)
 
 

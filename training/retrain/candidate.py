@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from monitor.aggregate import Aggregation
+from monitor.aggregate import PLAIN_KINDS, Aggregation
 from monitor.errors import ConfigInvalid
 from monitor.probe import ProbeWeights
 from probes_store.base import Base, load_base
@@ -77,6 +77,8 @@ def start_of(live: StoredProbe, everyday: Array) -> Start:
     if isinstance(live.bias, float) and card.aggregation["prompt"].kind == "mean":
         weight = np.concatenate([live.weight[layer].double().numpy() for layer in layers])
         return Start(weight, live.bias, base, known)
+    if base.plane is not None:
+        return Start(*base.plane, base, known)
     if not known:
         raise ConfigInvalid(
             f"{card.name} {card.version} does not average a turn, which is what features are, and has no base to start "
@@ -137,7 +139,8 @@ def make(
     calibration, thresholds = _calibrated(values.tolist(), source)
     own = Base.of(x.reshape(len(x), len(layers), card.d_model), layers, y)
     # An answer's value is not calibrated: until it is, there is only shadow for it. A moving average is what most have.
-    response = card.aggregation["response"] if live.card.projections == 1 else Aggregation("ema")
+    how = card.aggregation["response"]
+    response = how if how.kind in PLAIN_KINDS else Aggregation("ema")
     return Made(
         ProbeWeights(card.name, parts, fitted.bias),
         fitted,
