@@ -186,6 +186,6 @@ def token_scores(how: Aggregation, scores: npt.NDArray[np.float32]) -> npt.NDArr
     says nothing of it. scores: (n,) or (n, k) logits, NaN where one is missing"""
     if scores.ndim == 1:
         return scores
-    if how.kind == "mean_last" or how.kind in PLAIN_KINDS:
-        return scores[:, 0]
-    return scores[:, how.first_value(scores.shape[1]) :].sum(axis=1)
+    alone = how.kind == "mean_last" or how.kind in PLAIN_KINDS
+    columns = slice(0, 1) if alone else slice(how.first_value(scores.shape[1]), None)
+    return scores[:, columns].sum(axis=1)
