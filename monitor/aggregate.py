@@ -188,4 +188,5 @@ def token_scores(how: Aggregation, scores: npt.NDArray[np.float32]) -> npt.NDArr
         return scores
     alone = how.kind == "mean_last" or how.kind in PLAIN_KINDS
     columns = slice(0, 1) if alone else slice(how.first_value(scores.shape[1]), None)
-    return scores[:, columns].sum(axis=1)
+    shown: npt.NDArray[np.float32] = scores[:, columns].sum(axis=1)
+    return shown
