@@ -104,6 +104,9 @@ class Card(_Part):
     template_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     position_rule: str
     aggregation: dict[Phase, Aggregation]
+    raw: Aggregation | None = None
+    """Of prompts that are raw text, where it is another one: a projection for the template's last token says nothing of
+    a text that has no template. Cards from before it could be another one don't say."""
     calibration: dict[Format, dict[Phase, Calibration]] = Field(default_factory=dict)
     platt: Platt | None = None
     thresholds: tuple[Threshold, ...] = ()
@@ -117,6 +120,10 @@ class Card(_Part):
     """Of probe.safetensors."""
     base_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Of base.safetensors, the moments of its training rows. Older probes have none."""
+
+    def how(self, form: Format, phase: Phase) -> Aggregation:
+        """What makes one value of the scores of a turn, or of an answer."""
+        return self.raw if self.raw is not None and (form, phase) == ("raw", "prompt") else self.aggregation[phase]
 
     @property
     def blocks(self) -> str:
@@ -153,13 +160,14 @@ class Card(_Part):
     def _fits_together(self) -> Card:
         if set(self.aggregation) != {"prompt", "response"}:
             raise ValueError("aggregation must say how `prompt` and `response` are aggregated")
-        for how in self.aggregation.values():
+        hows = [*self.aggregation.values(), *([self.raw] if self.raw else [])]
+        for how in hows:
             how.check(self.projections)
-        kinds = {how.kind for how in self.aggregation.values()}
+        kinds = {how.kind for how in hows}
         if self.projections > 1 and kinds & set(PLAIN_KINDS) and "mean_last" not in kinds:
             raise ValueError(f"{self.projections} projections need an aggregation that reads them, not {sorted(kinds)}")
-        if len({how.first_value(self.projections) for how in self.aggregation.values()}) > 1:
-            raise ValueError("the aggregations of `prompt` and `response` take different projections for values")
+        if len({how.first_value(self.projections) for how in hows}) > 1:
+            raise ValueError("the aggregations take different projections for values")
         if any(len(canary.scores) % self.projections for canary in self.canaries):
             raise ValueError(f"a canary must have {self.projections} scores for each token")
         return self

@@ -89,6 +89,7 @@ def _results(card: Card) -> Iterable[dict[str, Any]]:
 def identity(card: Card) -> list[tuple[str, object]]:
     """What a probe belongs to and came from: (what, value)."""
     how = {phase: a["kind"] for phase, a in card.model_dump(mode="json")["aggregation"].items()}
+    raw = "" if card.raw is None else f", {card.raw.kind} (prompt that is raw text)"
     return [
         ("model", card.model.name if _HUB_ID.fullmatch(card.model.name) else card.model.name.rsplit("/", 1)[-1]),
         ("fingerprint", card.model.fingerprint),
@@ -97,7 +98,7 @@ def identity(card: Card) -> list[tuple[str, object]]:
         ("width", card.d_model),
         ("chat template, sha256", card.template_hash),
         ("position rule", card.position_rule),
-        ("token scores become a value by", f"{how['prompt']} (prompt), {how['response']} (response)"),
+        ("token scores become a value by", f"{how['prompt']} (prompt), {how['response']} (response){raw}"),
         ("fitted by", card.fit.get("method", "not stated")),
         ("created", f"{card.created}, midstream {card.code_version}"),
         ("probe.safetensors, sha256", card.sha256),

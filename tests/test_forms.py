@@ -7,12 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from monitor.aggregate import Aggregation
 from monitor.config import load_settings
-from monitor.engines.embedded.harvest import residual_streams
+from monitor.engines.embedded.harvest import prompt_values, residual_streams
 from monitor.errors import ConfigInvalid
+from monitor.live import load_live
 from monitor.probe import ProbeWeights
 from monitor.types import Phase
 from probes_store.base import load_base
+from probes_store.calibration import Calibration
 from probes_store.store import Store
 from training.data import LOOKALIKES, PAIRS, TWINS, Row, read_jsonl, unique
 from training.forms import LONGEST, reformed
@@ -115,6 +118,16 @@ def test_a_probe_of_mean_and_last_is_served_as_it_was_fitted(tiny, tiny_folder, 
     start = start_of(stored, np.zeros((0, 2 * tiny.d_model)))
     np.testing.assert_allclose(start.weight, np.concatenate([means.weight[layer] for layer in (1, 2)]), rtol=1e-5)
     assert start.known and start.bias == pytest.approx(means.bias, rel=1e-5) and load_base(means).plane is None
+    # A raw text has no closing tokens: its last one is any token, and only the mean's projection is served.
+    live = load_live(tiny.served(), Store(settings.store), settings)
+    kinds = {form: rules[0].aggregation.kind for form, rules in live.rules.items()}
+    assert kinds == {"chat": "mean_last", "raw": "mean"} == {f: stored.card.how(f, "prompt").kind for f in kinds}
+    parts, _ = gather(Recipe.model_validate(stored.card.fit["recipe"]), tmp_path)
+    firsts = ProbeWeights("end", {layer: w[0] for layer, w in stored.weight.items()}, stored.bias[0])
+    raw = [tiny.template.raw(r.text) for r in parts["calibrate"]]
+    means = prompt_values(tiny, firsts, {Phase.PROMPT: Aggregation("mean"), Phase.RESPONSE: Aggregation("ema")}, raw)
+    wanted = Calibration.fit(means, "").threshold(0.1)
+    assert stored.card.calibration["raw"]["prompt"].threshold(0.1) == pytest.approx(wanted, abs=1e-4)
     how = stored.card.aggregation
     judge = Judge(tiny, ProbeWeights("end", stored.weight, stored.bias), how["prompt"], how["response"])
     texts = [r["text"] for r in rows[:20]]

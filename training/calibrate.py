@@ -41,16 +41,18 @@ class Calibrator:
 
     def values(self, rows: Sequence[Row], label: str, form: Format = "chat") -> list[float]:
         """Of each row: of its prompt, or, where its label is about an answer, of that answer after its prompt."""
-        model, read = self.reader.model, self.reader
+        model, read, how = self.reader.model, self.reader, dict(self.aggregation)
+        if form == "raw" and self.recipe.raw is not None:
+            how[Phase.PROMPT] = self.recipe.raw
         values = [float("nan")] * len(rows)
         asked = [i for i, r in enumerate(rows) if not r.answer]
         given = [i for i, r in enumerate(rows) if r.answer]
         with progress(self.console, label, len(rows)) as tick:
             prompts = [read.prompt(rows[i].text, form) for i in asked]
             pairs = [(read.prompt(rows[i].text, form), read.answer(rows[i].answer)) for i in given]
-            for i, value in zip(asked, prompt_values(model, self.probe, self.aggregation, prompts, tick), strict=True):
+            for i, value in zip(asked, prompt_values(model, self.probe, how, prompts, tick), strict=True):
                 values[i] = value
-            for i, value in zip(given, given_values(model, self.probe, self.aggregation, pairs, tick), strict=True):
+            for i, value in zip(given, given_values(model, self.probe, how, pairs, tick), strict=True):
                 values[i] = value
         return values
 

@@ -129,6 +129,12 @@ class Recipe(_Part):
             return dict.fromkeys(Phase, self.head.aggregation)
         return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
 
+    @property
+    def raw(self) -> Aggregation | None:
+        """What is served of prompts that are raw text, where it is not what chat is served by: their last token is not
+        the template's, and its own projection would be noise."""
+        return Aggregation("mean") if self.aggregation[Phase.PROMPT].kind == "mean_last" else None
+
     @model_validator(mode="after")
     def _sets_told_apart(self) -> Recipe:
         twice = [name for name, n in Counter(map(stem, self.evaluate)).items() if n > 1]

@@ -128,7 +128,7 @@ def _rule(
             phase=phase,
             mode=mode,
             threshold=threshold,
-            aggregation=card.aggregation[phase.value],
+            aggregation=card.how(form, phase.value),
             fail_mode=body.fail_mode,
             on_history=said.on_history or body.on_history,
             escalate=escalate,
