@@ -160,6 +160,15 @@ class ProxyServer:
             assert c.final_unscored == 0, "everything is read before it goes out"
         return found
 
+    def cut_before(self, p, response, stream):
+        """An answer of "a", and of the `*` at position p (from 1 on) and all that follows nothing went out."""
+        reply = Reply(response)
+        assert (reply.texts, reply.finishes) == ({0: "a" * (p - 1)}, {0: ["content_filter"]})
+        assert "*" not in reply.raw and reply.done is stream
+        (record,) = self.records(response)
+        assert (record.finish, record.released_tokens) == ("content_filter", p - 1)
+        return reply
+
     def idle(self):
         until(lambda: self.engine.describe()["active"] == 0 and all(s.closed for s in self.observer.streams))
         return True
