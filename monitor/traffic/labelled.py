@@ -23,9 +23,9 @@ class Labelled(NamedTuple):
     labelled: float
 
 
-def count_since(where: Where, since: float) -> int:
-    """Records of requests since a time. raises: ConfigInvalid if there is no such log"""
-    query = select(func.count()).select_from(records).where(records.c.created >= since)
+def count_requests(where: Where) -> int:
+    """Requests in the log, whatever choices they had. raises: ConfigInvalid if there is no such log"""
+    query = select(func.count()).select_from(records).where(records.c.choice == 0)
     with opened(where) as connection:
         return int(connection.scalar(query) or 0)
 

@@ -14,7 +14,7 @@ from monitor.errors import ConfigInvalid, RequestInvalid
 from monitor.traffic import Cipher
 from monitor.traffic.labelled import Labelled
 from monitor.traffic.review import Label
-from monitor.traffic.text import said_prompts, said_requests
+from monitor.traffic.text import SLICE, said_prompts, said_requests
 from monitor.traffic.turns import is_text, turns_of
 from monitor.types import Prompt
 from probes_store.card import Card
@@ -22,9 +22,6 @@ from training.fit import Array
 from training.progress import progress
 from training.retrain.traffic import Id, Rows, draw, firsts
 from training.texts import Reader
-
-SLICE = 4000
-"""Requests that are read as everyday traffic at most, where there are no features: 2,995 certify a rate of 0.1 %."""
 
 
 def draw_said(settings: Settings, at_most: int = SLICE) -> list[Id]:

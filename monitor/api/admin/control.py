@@ -13,7 +13,7 @@ from monitor.api.admin.desk import Desk
 from monitor.api.admin.feed import Feed
 from monitor.api.admin.probes import ProbeOperations
 from monitor.api.admin.retraining import Retraining, environment
-from monitor.api.admin.shelf import Shelf
+from monitor.api.admin.shelf import Shelf, everyday
 from monitor.api.admin.swap import Slots, Swap
 from monitor.api.admin.tracing import Tracing
 from monitor.api.features import Eraser
@@ -95,7 +95,7 @@ def operations(
         swap.slug,
         settings.log,
         settings.target_fpr / 2,
-        settings.feature_rate if settings.log_features else 0.0,
+        lambda: everyday(settings),
         lambda: serving.live().probes,
         metrics.drift.standings,
     )

@@ -7,18 +7,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from monitor.config import Settings
 from monitor.errors import MidstreamError
 from monitor.metrics.drift import Standing
 from monitor.traffic import Where
-from monitor.traffic.labelled import Labelled, count_since, labelled_since
+from monitor.traffic.labelled import Labelled, count_requests, labelled_since
+from monitor.traffic.text import count_slice
 from probes_store.calibration import rows_needed
 from probes_store.store import PREVIOUS, Store, StoredProbe
+
+
+def everyday(settings: Settings) -> int:
+    """Rows of the uniform slice that retraining finds: of features, or of kept texts where there never were any."""
+    try:
+        if settings.log_features:
+            return math.floor(settings.feature_rate * count_requests(settings.log))
+        by_text = settings.log_text and not settings.features.is_dir()
+        return count_slice(settings.log) if by_text else 0
+    except MidstreamError:  # no log yet
+        return 0
 
 
 class Shelf:
     """store, slug: whose probes; log: the traffic log; target_fpr: of prompts, what a threshold is certified for
 
-    rate: of requests whose features are kept, whatever they are; 0: of none
+    everyday: how many rows of the uniform slice there are
     served: the probes that answer requests now, whatever live.json says
     standings: how the thresholds in force stand to the newest values
     """
@@ -29,11 +42,11 @@ class Shelf:
         slug: str,
         log: Where,
         target_fpr: float,
-        rate: float,
+        everyday: Callable[[], int],
         served: Callable[[], Sequence[StoredProbe]],
         standings: Callable[[], Sequence[Standing]] = tuple,
     ) -> None:
-        self._store, self._slug, self._log, self._target, self._rate = store, slug, log, target_fpr, rate
+        self._store, self._slug, self._log, self._target, self._everyday = store, slug, log, target_fpr, everyday
         self._served, self._standings = served, standings
 
     def describe(self) -> dict[str, Any]:
@@ -80,11 +93,7 @@ class Shelf:
 
     def needed(self) -> int:
         """Rows of the uniform slice that a threshold at the target rate still lacks, or people's labels of them."""
-        try:
-            have = math.floor(self._rate * count_since(self._log, 0.0)) if self._rate else 0
-        except MidstreamError:  # no log yet
-            have = 0
-        return max(0, rows_needed(self._target) - have)
+        return max(0, rows_needed(self._target) - self._everyday())
 
     def needs(self) -> dict[str, int]:
         """`needed`, by probe of harm. raises: ConfigInvalid if live.json is damaged"""
