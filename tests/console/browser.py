@@ -33,10 +33,11 @@ document.addEventListener("securitypolicyviolation", (e) => violations.push(e.vi
 
 def find_chromium() -> Path:
     """From PATH, else from Debian's package, unpacked. raises: Unavailable"""
-    folder = UNPACKED / "usr/bin"
-    if (found := _look(os.environ.get("PATH", "")) or _look(str(folder))) is None:
+    # The one in usr/bin may be a script that starts /usr/lib/chromium's, where nothing was installed.
+    folders = os.pathsep.join(str(UNPACKED / folder) for folder in ("usr/lib/chromium", "usr/bin"))
+    if (found := _look(os.environ.get("PATH", "")) or _look(folders)) is None:
         unpack(["chromium-headless-shell"], UNPACKED, needed=True)
-        found = _look(str(folder))
+        found = _look(folders)
     if found is None:
         raise Unavailable(f"the package has none of {', '.join(NAMES)}")
     return found
@@ -160,8 +161,8 @@ class Page:
 def browser() -> Iterator[Page]:
     """A fresh profile in a fresh process, ended with the block. raises: Unavailable"""
     program = find_chromium()
-    folders = [str(UNPACKED / f"usr/lib/{name}") for name in ("x86_64-linux-gnu", "aarch64-linux-gnu")]
-    libraries = ":".join([*folders, os.environ.get("LD_LIBRARY_PATH", "")])
+    folders = [folder for kind in ("", "/*/") for folder in sorted(UNPACKED.glob(f"usr/lib/*-linux-gnu{kind}"))]
+    libraries = ":".join([*map(str, folders), os.environ.get("LD_LIBRARY_PATH", "")])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # As root there is no sandbox, and a container's /dev/shm is small. What it would ask home for is off, so that
         # every request in the network log is the page's.
