@@ -104,7 +104,7 @@ class Card(_Part):
     template_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     position_rule: str
     aggregation: dict[Phase, Aggregation]
-    raw: Aggregation | None = None
+    raw_prompt: Aggregation | None = None
     """Of prompts that are raw text, where it is another one: a projection for the template's last token says nothing of
     a text that has no template. Cards from before it could be another one don't say."""
     calibration: dict[Format, dict[Phase, Calibration]] = Field(default_factory=dict)
@@ -123,7 +123,11 @@ class Card(_Part):
 
     def how(self, form: Format, phase: Phase) -> Aggregation:
         """What makes one value of the scores of a turn, or of an answer."""
-        return self.raw if self.raw is not None and (form, phase) == ("raw", "prompt") else self.aggregation[phase]
+        return (
+            self.raw_prompt
+            if self.raw_prompt is not None and (form, phase) == ("raw", "prompt")
+            else self.aggregation[phase]
+        )
 
     @property
     def blocks(self) -> str:
@@ -160,7 +164,7 @@ class Card(_Part):
     def _fits_together(self) -> Card:
         if set(self.aggregation) != {"prompt", "response"}:
             raise ValueError("aggregation must say how `prompt` and `response` are aggregated")
-        hows = [*self.aggregation.values(), *([self.raw] if self.raw else [])]
+        hows = [*self.aggregation.values(), *([self.raw_prompt] if self.raw_prompt else [])]
         for how in hows:
             how.check(self.projections)
         kinds = {how.kind for how in hows}

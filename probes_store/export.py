@@ -76,7 +76,7 @@ def _metadata(card: Card, layers: list[int]) -> dict[str, str]:
         "template_hash": card.template_hash,
         "position_rule": card.position_rule,
         "aggregation": json.dumps(card.model_dump(mode="json")["aggregation"]),
-        "raw": json.dumps(card.model_dump(mode="json")["raw"]),
+        "raw_prompt": json.dumps(card.model_dump(mode="json")["raw_prompt"]),
         "license": card.license,
         "sha256": card.sha256,
     }

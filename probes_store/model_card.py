@@ -89,7 +89,7 @@ def _results(card: Card) -> Iterable[dict[str, Any]]:
 def identity(card: Card) -> list[tuple[str, object]]:
     """What a probe belongs to and came from: (what, value)."""
     how = {phase: a["kind"] for phase, a in card.model_dump(mode="json")["aggregation"].items()}
-    raw = "" if card.raw is None else f", {card.raw.kind} (prompt that is raw text)"
+    raw = "" if card.raw_prompt is None else f", {card.raw_prompt.kind} (prompt that is raw text)"
     return [
         ("model", card.model.name if _HUB_ID.fullmatch(card.model.name) else card.model.name.rsplit("/", 1)[-1]),
         ("fingerprint", card.model.fingerprint),

@@ -99,8 +99,8 @@ def test_another_number_of_projections_than_the_card_says_is_refused(store, k):
             {"aggregation": {"prompt": Aggregation("attention"), "response": Aggregation("multimax")}},
             "different projections for values",
         ),
-        ({"k": 2, "raw": Aggregation("mean")}, "need an aggregation that reads them"),
-        ({"raw": Aggregation("mean_last")}, "'mean_last' can't be had from 4 projections"),
+        ({"k": 2, "raw_prompt": Aggregation("mean")}, "need an aggregation that reads them"),
+        ({"raw_prompt": Aggregation("mean_last")}, "'mean_last' can't be had from 4 projections"),
     ],
 )
 def test_a_card_whose_aggregation_does_not_fit_its_projections_is_refused(changes, named):

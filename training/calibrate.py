@@ -42,8 +42,8 @@ class Calibrator:
     def values(self, rows: Sequence[Row], label: str, form: Format = "chat") -> list[float]:
         """Of each row: of its prompt, or, where its label is about an answer, of that answer after its prompt."""
         model, read, how = self.reader.model, self.reader, dict(self.aggregation)
-        if form == "raw" and self.recipe.raw is not None:
-            how[Phase.PROMPT] = self.recipe.raw
+        if form == "raw" and self.recipe.raw_prompt is not None:
+            how[Phase.PROMPT] = self.recipe.raw_prompt
         values = [float("nan")] * len(rows)
         asked = [i for i, r in enumerate(rows) if not r.answer]
         given = [i for i, r in enumerate(rows) if r.answer]

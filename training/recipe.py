@@ -130,7 +130,7 @@ class Recipe(_Part):
         return {Phase.PROMPT: self.prompt, Phase.RESPONSE: self.response}
 
     @property
-    def raw(self) -> Aggregation | None:
+    def raw_prompt(self) -> Aggregation | None:
         """What is served of prompts that are raw text, where it is not what chat is served by: their last token is not
         the template's, and its own projection would be noise."""
         return Aggregation("mean") if self.aggregation[Phase.PROMPT].kind == "mean_last" else None

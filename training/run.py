@@ -123,7 +123,7 @@ class Trainer:
             template_hash=model.template.hash,
             position_rule=POSITION_RULE,
             aggregation={phase.value: how for phase, how in self.aggregation.items()},
-            raw=self.recipe.raw,
+            raw_prompt=self.recipe.raw_prompt,
             calibration={f: {p.value: c for p, c in phases.items()} for f, phases in calibrations.items()},
             platt=platt,
             thresholds=thresholds,

@@ -127,7 +127,7 @@ class Retrainer:
                 "code_version": __version__,
                 "projections": 1,
                 "aggregation": made.aggregation,
-                "raw": None,
+                "raw_prompt": None,
                 "calibration": made.calibration,
                 "thresholds": made.thresholds,
                 "platt": made.platt,
