@@ -17,7 +17,7 @@ from monitor.types import Phase
 from probes_store.base import load_base
 from probes_store.calibration import Calibration
 from probes_store.store import Store
-from training.data import LOOKALIKES, PAIRS, TWINS, Row, read_jsonl, unique
+from training.data import CONTRASTS, LOOKALIKES, PAIRS, TWINS, Row, read_jsonl, unique
 from training.forms import LONGEST, reformed
 from training.lint import lint
 from training.recipe import Recipe, gather
@@ -27,7 +27,7 @@ from training.run import train
 from training.transforms import TRANSFORMS, transformed
 
 
-@pytest.mark.parametrize("file", [LOOKALIKES, TWINS])
+@pytest.mark.parametrize("file", [LOOKALIKES, TWINS, CONTRASTS])
 def test_our_look_alikes_are_pairs_that_words_and_length_tell_little_of(file):
     rows, _ = read_jsonl(file)
     assert Counter(Counter(r.group for r in rows).values()) == {2: len(rows) // 2} and len(rows) >= 700
@@ -38,7 +38,7 @@ def test_our_look_alikes_are_pairs_that_words_and_length_tell_little_of(file):
 
 
 def test_no_text_of_ours_is_in_two_files():
-    files = [read_jsonl(file)[0] for file in (PAIRS, LOOKALIKES, TWINS)]
+    files = [read_jsonl(file)[0] for file in (PAIRS, LOOKALIKES, TWINS, CONTRASTS)]
     assert len(unique([row for rows in files for row in rows])) == sum(map(len, files))
 
 

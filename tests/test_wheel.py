@@ -29,7 +29,7 @@ def test_it_holds_the_shipped_probes_and_pairs_and_nothing_else_of_ours(wheel):
     for probe in (*intents, "harmful-answer/v1", "caps/v1", "html/v1"):
         held = {n.rsplit("/", 1)[-1] for n in names if f"/{probe}/" in n}
         assert {"probe.safetensors", "card.json"} <= held, probe
-    ours = {f"training/{name}.jsonl" for name in ("pairs", "lookalikes", "twins", "answers")}
+    ours = {f"training/{name}.jsonl" for name in ("pairs", "lookalikes", "twins", "contrasts", "answers")}
     assert ours | {"training/recipes/harmful-intent.yaml", "monitor/py.typed"} <= set(names)
     console = Path(ROOT / "monitor/api/admin/console")
     assert {f"monitor/api/admin/console/{file.name}" for file in console.iterdir() if file.is_file()} <= set(names)

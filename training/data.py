@@ -21,9 +21,12 @@ LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
 own, so that what was trained on the first one can still be trained again."""
 TWINS = Path(__file__).parent / "twins.jsonl"
 """More again, whose halves differ in what is asked for and little else."""
+CONTRASTS = Path(__file__).parent / "contrasts.jsonl"
+"""More again: security work, pieces of work that are ordered, long messages; a harmful half often has the milder words.
+In no shipped probe: they teach that the past tense is harmless (recipes/TRIED.md)."""
 ANSWERS = Path(__file__).parent / "answers.jsonl"
 """What SmolLM2-135M-Instruct answered to harmless requests that look harmful: its own words, harmless, often wrong."""
-OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES, "twins": TWINS, "answers": ANSWERS}
+OWN = {"pairs": PAIRS, "lookalikes": LOOKALIKES, "twins": TWINS, "contrasts": CONTRASTS, "answers": ANSWERS}
 """By the name that a recipe gives them."""
 
 EVALUATE_ONLY = frozenset(

@@ -52,7 +52,7 @@ class _Part(BaseModel):
 
 
 class Source(_Part):
-    """file: as training.load reads it, or `pairs`, `lookalikes`, `twins`, `answers`, which are our own
+    """file: as training.load reads it, or `pairs`, `lookalikes`, `twins`, `contrasts`, `answers`, which are our own
     label: only rows of that label; split: only rows of that split; each: rows of a group and label at most
     limit: rows taken; weight: of each row
 
